@@ -1,0 +1,380 @@
+"""The worker process: builds every part, opens the one root nursery, talks to the supervisor.
+
+Started by the supervisor as ``python -m modelfs.daemon FD``; FD is its socket. Order: read the start
+message, open the store, list the sources, say ``prepared``, receive the kernel descriptor, serve. A
+restarted worker begins with the listing saved in the store, so that it answers even while the bucket is
+away, and refreshes afterwards.
+"""
+
+import contextlib
+import faulthandler
+import hashlib
+import json
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyfuse3
+import trio
+
+from modelfs.admin import Admin, Answers
+from modelfs.chunks import ObjectInfo
+from modelfs.config import Config, Source
+from modelfs.errors import ModelfsError, ObjectNotFoundError, OriginError
+from modelfs.eviction import Eviction
+from modelfs.fetch import Fetch, default_budget
+from modelfs.filesystem import DataPath, Namespace, View
+from modelfs.fuse import protocol
+from modelfs.fuse.front import Front
+from modelfs.fuse.opens import OpenTable
+from modelfs.fuse.supervisor import BEAT_SECONDS
+from modelfs.fuse.tuning import Tuning, runtime_dir
+from modelfs.metrics import Metrics
+from modelfs.origins import Origin
+from modelfs.origins.s3 import S3Origin
+from modelfs.prefetch import Prefetch
+from modelfs.status import Status
+from modelfs.store import Store
+from modelfs.tree import Listing, Tree
+
+log = logging.getLogger(__name__)
+
+MAX_TASKS = 1024
+"""Namespace requests at once; with pyfuse3's 99, blocked ones stall every lookup."""
+SWITCH_SECONDS = 0.001
+"""How long one thread may keep the interpreter: the loop answers readers, it must not queue for 5 ms."""
+_REFRESH_PAUSE_SECONDS = 1.0
+_EXAMPLES = 3
+
+
+def setup_logging(level: str, form: str) -> None:
+    """Send log lines to stderr as text or JSON."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        _JsonFormatter() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    )
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for noisy in ("botocore", "boto3", "urllib3", "s3transfer"):
+        # Their debug lines hold signed headers.
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def socket_path(mountpoint: str) -> str:
+    """Return the path of a mount's control socket."""
+    return f"{runtime_dir()}/{hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]}.sock"
+
+
+def available_memory() -> int:
+    """Return the memory this process may still take, in bytes: the cgroup's limit or what the machine has."""
+    found = []
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            found.append(int(line.split()[1]) * 1024)
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int(Path(name).read_text()))
+    return min(found)
+
+
+class Worker:
+    """One life of the worker.
+
+    Args:
+        channel: The socket to the supervisor.
+        start: The start message.
+    """
+
+    def __init__(self, channel: socket.socket, start: dict[str, Any]) -> None:
+        self._channel = channel
+        self._start = start
+        self._config = Config.from_json(start["config"])
+        self._metrics = Metrics()
+        self._metrics.worker_starts.set(start["starts"])
+        self._refresh_wanted = trio.Event()
+
+    async def run(self) -> None:
+        """Serve until unmounted or told to stop.
+
+        Raises:
+            ModelfsError: Serving could not begin.
+        """
+        config = self._config
+        budget = config.fetch.max_memory.of(available_memory()) or default_budget(available_memory())
+        holder = f"modelfs mount at {config.mountpoint}"
+        self._origins = self._make_origins()
+        with contextlib.closing(
+            Store(config=config.store, metrics=self._metrics, holder=holder, budget=budget)
+        ) as store:
+            self._store = store
+            self._view = View(store, self._build_tree(await self._first_listings()))
+            prefetching = config.fetch.prefetch != "off"
+            by_name = {origin.name: origin for origin in self._origins.values()}
+            self._fetch = Fetch(
+                store=store,
+                origins=by_name,
+                metrics=self._metrics,
+                budget_bytes=budget,
+                whole_files=prefetching,
+                on_changed=lambda info: self._refresh_wanted.set(),
+            )
+            self._prefetch = Prefetch(mode=config.fetch.prefetch, store=store, fetch=self._fetch)
+            await self._serve()
+
+    # -- sources ------------------------------------------------------------------------------------
+
+    def _make_origins(self) -> dict[str, Origin]:
+        buckets = {source.bucket for source in self._config.sources}
+        return {
+            bucket: S3Origin(bucket=bucket, config=self._config.origin, metrics=self._metrics)
+            for bucket in sorted(buckets)
+        }
+
+    async def _first_listings(self) -> list[Listing]:
+        if self._start["mounted"]:
+            saved = [(source, self._store.listing(self._saved_name(source))) for source in self._config.sources]
+            if all(objects is not None for _, objects in saved):
+                self._refresh_wanted.set()
+                return [Listing(source.name, source.prefix, tuple(objects or ())) for source, objects in saved]
+        return await self._list_all()
+
+    def _saved_name(self, source: Source) -> str:
+        return f"{self._origins[source.bucket].name}/{source.prefix}"
+
+    async def _list_all(self) -> list[Listing]:
+        """List every source anew.
+
+        Raises:
+            OriginError: A listing failed, or nothing is there.
+        """
+        listings: list[Listing | None] = [None] * len(self._config.sources)
+        failures: list[OriginError] = []
+
+        async def list_one(position: int, source: Source) -> None:
+            origin = self._origins[source.bucket]
+            try:
+                objects: list[ObjectInfo] = await trio.to_thread.run_sync(lambda: list(origin.list(source.prefix)))
+            except OriginError as error:
+                failures.append(error)
+                return
+            if not objects:
+                failures.append(ObjectNotFoundError(f"there is no object under {source.uri}", "check the prefix"))
+                return
+            listings[position] = Listing(source.name, source.prefix, tuple(objects))
+            await self._store.save_listing(self._saved_name(source), objects)
+
+        async with trio.open_nursery() as nursery:
+            for position, source in enumerate(self._config.sources):
+                nursery.start_soon(list_one, position, source)
+        if failures:
+            self._metrics.tree_refreshes.labels(result="failed").inc()
+            raise failures[0]
+        self._metrics.tree_refreshes.labels(result="ok").inc()
+        return [listing for listing in listings if listing is not None]
+
+    def _build_tree(self, listings: list[Listing]) -> Tree:
+        tree = Tree(listings, self._config.tree)
+        self._metrics.tree_files.set(tree.file_count)
+        for reason, count in tree.skipped.items():
+            self._metrics.tree_skipped.labels(reason=reason).set(count)
+        odd = {reason: key for reason, key in tree.skipped_examples.items() if reason != "filtered"}
+        if odd:
+            shown = "; ".join(f"{reason}: {key[:80]!r}" for reason, key in list(odd.items())[:_EXAMPLES])
+            total = sum(count for reason, count in tree.skipped.items() if reason in odd)
+            log.warning("%d keys cannot be shown as files (%s)", total, shown)
+        return tree
+
+    async def _keep_fresh(self) -> None:
+        """List again at the configured interval, or soon after an object turned out to have changed."""
+        interval = self._config.tree.refresh or float("inf")
+        while True:
+            with trio.move_on_after(interval):
+                await self._refresh_wanted.wait()
+            try:
+                listings = await self._list_all()
+            except OriginError as error:
+                log.warning("the listing could not be refreshed, the last one stays: %s", error)
+            else:
+                tree = self._build_tree(listings)
+                if tree.nodes.keys() != self._view.tree.nodes.keys():
+                    log.info("the listing changed: %d files", tree.file_count)
+                    self._view.tree = tree
+                    self._prefetch.start(tree)
+            await trio.sleep(_REFRESH_PAUSE_SECONDS)
+            self._refresh_wanted = trio.Event()
+
+    # -- serving ------------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        self._say({"prepared": True})
+        connect, descriptors = await self._receive_connect()
+        descriptor, table = descriptors
+        opens = OpenTable(table)
+        tuning = Tuning(**connect["tuning"])
+        data_path = DataPath(
+            view=self._view, store=self._store, fetch=self._fetch, prefetch=self._prefetch, metrics=self._metrics
+        )
+        front = Front(
+            descriptor=descriptor, opens=opens, handler=data_path, metrics=self._metrics, passthrough=tuning.passthrough
+        )
+        data_path.finished = front.finished
+        namespace = Namespace(
+            view=self._view,
+            config=self._config.tree,
+            store=self._store,
+            prefetch=self._prefetch,
+            metrics=self._metrics,
+        )
+        pyfuse3.init(namespace, front.namespace_path, set(pyfuse3.default_options))
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._stop_on_signal, nursery.cancel_scope)
+                await nursery.start(self._store.run)
+                await nursery.start(self._fetch.run)
+                await nursery.start(data_path.run)
+                eviction = Eviction(store=self._store, on_room=self._fetch.poke)
+                await nursery.start(eviction.run)
+                await nursery.start(self._prefetch.run)
+                await nursery.start(self._admin(tuning).run)
+                nursery.start_soon(self._run_namespace)
+                if self._start["mounted"] and connect["resend"]:
+                    os.write(descriptor, protocol.resend_notification())
+                nursery.start_soon(self._run_front, front, nursery.cancel_scope)
+                self._prefetch.start(self._view.tree)
+                self._say({"serving": True})
+                log.info("serving %d files at %s", self._view.tree.file_count, self._config.mountpoint)
+                nursery.start_soon(self._keep_fresh)
+                nursery.start_soon(self._beat)
+                nursery.start_soon(self._store.recover)
+        finally:
+            pyfuse3.close(unmount=False)
+
+    def _admin(self, tuning: Tuning) -> Admin:
+        status = Status(
+            config=self._config,
+            tuning=tuning,
+            tree=lambda: self._view.tree,
+            store=self._store,
+            fetch=self._fetch,
+            prefetch=self._prefetch,
+            metrics=self._metrics,
+            starts=self._start["starts"],
+            supervisor_pid=self._start["supervisor_pid"],
+        )
+
+        async def control(command: str, data: dict[str, Any]) -> dict[str, Any] | None:
+            paths = data.get("paths")
+            if command == "warm" and isinstance(paths, list) and all(isinstance(path, str) for path in paths):
+                return status.warm(paths)
+            if command == "refresh":
+                self._refresh_wanted.set()
+                return {}
+            return None
+
+        answers = Answers(
+            registry=self._metrics.registry,
+            status=status.overview,
+            readiness=lambda path, every: status.readiness(path, every=every),
+            control=control,
+        )
+        return Admin(
+            answers=answers, address=self._config.daemon.admin, socket_path=socket_path(self._config.mountpoint)
+        )
+
+    async def _run_namespace(self) -> None:
+        await pyfuse3.main(max_tasks=MAX_TASKS)
+
+    async def _run_front(self, front: Front, scope: trio.CancelScope) -> None:
+        await front.run()
+        self._say({"unmounted": True})
+        scope.cancel()
+
+    async def _stop_on_signal(self, scope: trio.CancelScope) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM) as signals:
+            async for _ in signals:
+                scope.cancel()
+                return
+
+    # -- the supervisor -----------------------------------------------------------------------------
+
+    def _say(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):
+            self._channel.send(json.dumps(message).encode())
+
+    async def _beat(self) -> None:
+        while True:
+            self._say({"beat": True})
+            await trio.sleep(BEAT_SECONDS)
+
+    async def _receive_connect(self) -> tuple[dict[str, Any], list[int]]:
+        data, descriptors, _, _ = await trio.to_thread.run_sync(
+            lambda: socket.recv_fds(self._channel, 65536, 2), abandon_on_cancel=True
+        )
+        if len(descriptors) != 2:
+            raise ModelfsError("the supervisor ended before the mount was made")
+        return json.loads(data)["connect"], descriptors
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
+
+
+def main() -> int:
+    """Run the worker on the socket whose descriptor is the first argument; return the exit code."""
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c reaches the whole group; the supervisor decides
+    sys.setswitchinterval(SWITCH_SECONDS)
+    with contextlib.suppress(ValueError, OSError):
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("0")
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    os.set_inheritable(channel.fileno(), False)
+    start = json.loads(channel.recv(1024 * 1024))["start"]
+    config = Config.from_json(start["config"])
+    setup_logging(config.daemon.log_level, config.daemon.log_format)
+    worker = Worker(channel, start)
+    try:
+        trio.run(worker.run)
+    except ModelfsError as error:
+        return _fail(channel, str(error), error.exit_code)
+    except BaseExceptionGroup as group:
+        known = [error for error in _leaves(group) if isinstance(error, ModelfsError)]
+        if known:
+            return _fail(channel, str(known[0]), known[0].exit_code)
+        log.exception("the worker ends on an unexpected error")
+        return 1
+    return 0
+
+
+def _fail(channel: socket.socket, line: str, exit_code: int) -> int:
+    with contextlib.suppress(OSError):
+        channel.send(json.dumps({"failed": {"line": line, "exit_code": exit_code}}).encode())
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

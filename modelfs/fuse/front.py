@@ -1,0 +1,356 @@
+"""The worker's end of the kernel connection.
+
+The front reads requests from the /dev/fuse descriptor. It answers the data path itself: OPEN, READ,
+RELEASE, INTERRUPT of its own reads, FLUSH and LSEEK (ENOSYS), extended attributes that are not ours
+(no data). Everything else, the whole namespace, goes unchanged to pyfuse3 over a socket pair, and the
+replies come back the same way.
+
+Runs on the trio loop; ``Reply`` objects may be answered from any thread, each exactly once. The front
+knows neither chunks nor stores: a ``Handler`` decides what a file is.
+"""
+
+import collections
+import errno
+import fcntl
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import trio
+
+from modelfs.errors import ModelfsError
+from modelfs.fuse import protocol
+from modelfs.fuse.opens import OpenState, OpenTable
+from modelfs.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+OWN_XATTR_PREFIX = b"user.modelfs."
+_CACHED, _PASSED = 0, 1
+_MAX_BATCH = 64
+"""Requests taken before the loop gets a turn."""
+
+
+class Reply:
+    """The one answer to one READ."""
+
+    __slots__ = ("_descriptor", "_front", "cancel", "done", "unique")
+
+    def __init__(self, front: "Front", descriptor: int, unique: int) -> None:
+        self._front = front
+        self._descriptor = descriptor
+        self.unique = unique
+        self.cancel: Callable[[], None] | None = None
+        self.done = False
+
+    def data(self, parts: Sequence[bytes | memoryview]) -> None:
+        """Send the bytes of ``parts``; copies them into the reader's pages before it returns."""
+        size = protocol.OUT_HEADER.size + sum(map(len, parts))
+        self._send([protocol.OUT_HEADER.pack(size, 0, self.unique), *parts])
+
+    def error(self, code: int) -> None:
+        """Send the positive errno ``code``."""
+        self._front.count_error("read", code)
+        self._send([protocol.error_reply(self.unique, code)])
+
+    def _send(self, parts: list[bytes | memoryview]) -> None:
+        if self.done:
+            raise RuntimeError(f"request {self.unique} answered twice")
+        self.done = True
+        send(self._descriptor, parts)
+
+
+class Handler(Protocol):
+    """What the front asks of the file system."""
+
+    def open(self, inode: int) -> None:
+        """Note one more open of ``inode``; raise ``ModelfsError`` to refuse."""
+
+    def backing(self, inode: int) -> int | None:
+        """Return a descriptor of the complete local file, which the caller closes, or ``None``."""
+
+    def opened(self, inode: int, mode: str) -> None:
+        """Tell that the open was answered; mode is ``cached`` or ``passthrough``."""
+
+    def read(self, inode: int, offset: int, length: int, reply: Reply) -> None:
+        """Answer ``reply`` now or later; must not block and must not raise."""
+
+    def released(self, inode: int) -> None:
+        """Note that the last open of ``inode`` is gone."""
+
+
+def send(descriptor: int, parts: Sequence[bytes | memoryview]) -> None:
+    """Write one message to the kernel; a request nobody waits for any more is not an error.
+
+    Raises:
+        OSError: The message is malformed, or the connection is broken in a way that is not an unmount.
+    """
+    try:
+        os.writev(descriptor, parts)
+    except OSError as error:
+        if error.errno not in {errno.ENOENT, errno.ENODEV, errno.ECONNABORTED}:
+            raise
+
+
+class Front:
+    """Splits the connection between the handler and pyfuse3.
+
+    Args:
+        descriptor: The /dev/fuse descriptor, non-blocking, INIT already answered.
+        opens: The table of open files.
+        handler: The file system's data path.
+        metrics: Counters.
+        passthrough: Whether the kernel agreed to passthrough.
+    """
+
+    def __init__(
+        self, *, descriptor: int, opens: OpenTable, handler: Handler, metrics: Metrics, passthrough: bool
+    ) -> None:
+        self._descriptor = descriptor
+        self._opens = opens
+        self._handler = handler
+        self._metrics = metrics
+        self.passthrough = passthrough
+        self._pending: dict[int, Reply] = {}
+        self._backlog: collections.deque[bytes] = collections.deque()
+        self._backlog_filled = trio.Event()
+        ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (ours, self._theirs):
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                end.setsockopt(socket.SOL_SOCKET, option, 4 * 1024 * 1024)
+        ours.setblocking(False)
+        self._ours = ours
+        self._ours.send(protocol.synthetic_init())
+        self._calls = {
+            protocol.OPEN: self._open,
+            protocol.READ: self._read,
+            protocol.RELEASE: self._release,
+            protocol.GETXATTR: self._getxattr,
+            protocol.INTERRUPT: self._interrupt,
+        }
+        self._request_counts = {
+            code: metrics.fuse_requests.labels(op=name) for code, name in protocol.OPCODE_NAMES.items()
+        }
+        self._other_count = metrics.fuse_requests.labels(op="namespace")
+
+    @property
+    def namespace_path(self) -> str:
+        """The path to give to ``pyfuse3.init`` as its mountpoint."""
+        return f"/dev/fd/{self._theirs.fileno()}"
+
+    def statistics(self) -> dict[str, int]:
+        """Return the number of waiting reads and of open inodes."""
+        return {"pending_reads": len(self._pending), "open_inodes": len(self._opens.inodes())}
+
+    def count_error(self, op: str, code: int) -> None:
+        """Count an error reply."""
+        self._metrics.fuse_errors.labels(op=op, errno=errno.errorcode.get(code, str(code))).inc()
+
+    async def run(self) -> None:
+        """Serve until the file system is unmounted or the connection aborted."""
+        for inode in self._opens.inodes():
+            self._handler.open(inode)  # opened through a worker before this one
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._copy_namespace_replies)
+            nursery.start_soon(self._drain_backlog)
+            await self._serve()
+            nursery.cancel_scope.cancel()
+
+    async def _serve(self) -> None:
+        buffer = bytearray(protocol.REQUEST_BUFFER_BYTES)
+        view = memoryview(buffer)
+        while True:
+            await trio.lowlevel.wait_readable(self._descriptor)
+            for _ in range(_MAX_BATCH):
+                try:
+                    size = os.readv(self._descriptor, [buffer])
+                except BlockingIOError:
+                    break
+                except OSError as error:
+                    if error.errno == errno.ENODEV:
+                        return
+                    if error.errno in {errno.ENOENT, errno.EINTR}:
+                        continue  # the request was interrupted while it was handed over
+                    raise
+                self._dispatch(view[:size])
+
+    def _dispatch(self, message: memoryview) -> None:
+        header = protocol.parse_header(message)
+        body = message[protocol.IN_HEADER.size :]
+        count = self._request_counts.get(header.opcode, self._other_count)
+        count.inc()
+        call = self._calls.get(header.opcode)
+        if call is not None:
+            call(header, body, message)
+        elif header.opcode in {protocol.FLUSH, protocol.LSEEK}:
+            send(self._descriptor, [protocol.error_reply(header.unique, errno.ENOSYS)])
+        elif header.opcode not in {protocol.FORGET, protocol.BATCH_FORGET}:
+            # Inode numbers are derived from the objects, so nothing is kept per lookup and nothing to forget.
+            self._forward(bytes(message))
+
+    # -- the namespace ------------------------------------------------------------------------------
+
+    def _forward(self, message: bytes) -> None:
+        if not self._backlog:
+            try:
+                self._ours.send(message)
+            except BlockingIOError:
+                pass
+            else:
+                return
+        self._backlog.append(message)
+        self._backlog_filled.set()
+
+    async def _drain_backlog(self) -> None:
+        while True:
+            await self._backlog_filled.wait()
+            while self._backlog:
+                await trio.lowlevel.wait_writable(self._ours)
+                try:
+                    self._ours.send(self._backlog[0])
+                except BlockingIOError:
+                    continue
+                self._backlog.popleft()
+            self._backlog_filled = trio.Event()
+
+    async def _copy_namespace_replies(self) -> None:
+        buffer = bytearray(4 * 1024 * 1024)
+        view = memoryview(buffer)
+        initialised = False
+        while True:
+            await trio.lowlevel.wait_readable(self._ours)
+            try:
+                size = self._ours.recv_into(buffer)
+            except BlockingIOError:
+                continue
+            if not initialised:
+                initialised = True  # libfuse's answer to the synthetic INIT; the kernel has had its own
+                continue
+            if not size:
+                raise RuntimeError("pyfuse3 closed its end of the namespace pair")
+            send(self._descriptor, [view[:size]])
+
+    # -- the data path ------------------------------------------------------------------------------
+
+    def _open(self, header: protocol.Header, body: memoryview, _message: memoryview) -> None:
+        unique = header.unique & ~protocol.UNIQUE_RESEND
+        inode = header.nodeid
+        flags, _ = protocol.OPEN_IN.unpack_from(body)
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            self._refuse(header, "open", errno.EROFS)
+            return
+        state = self._opens.get(inode)
+        try:
+            if unique != self._opens.last_unique or not (state.cached or state.passed):
+                self._handler.open(inode)
+                state = self._count_open(unique, inode, state)
+        except ModelfsError as error:
+            self._refuse(header, "open", error.errno)
+            return
+        except OSError as error:
+            log.error("cannot open inode %d: %s", inode, error)
+            self._refuse(header, "open", errno.ENFILE)
+            return
+        passed = state.passed > 0
+        mode = "passthrough" if passed else "cached"
+        reply = protocol.OPEN_OUT.pack(
+            inode << 1 | (_PASSED if passed else _CACHED),
+            protocol.FOPEN_NOFLUSH | (protocol.FOPEN_PASSTHROUGH if passed else protocol.FOPEN_KEEP_CACHE),
+            state.backing,
+        )
+        self._metrics.fuse_opens.labels(mode=mode).inc()
+        size = protocol.OUT_HEADER.size + len(reply)
+        send(self._descriptor, [protocol.OUT_HEADER.pack(size, 0, header.unique), reply])
+        self._handler.opened(inode, mode)
+
+    def _count_open(self, unique: int, inode: int, state: OpenState) -> OpenState:
+        if state.passed:
+            new = OpenState(0, state.passed + 1, state.backing)
+        elif state.cached:
+            new = OpenState(state.cached + 1, 0, 0)
+        else:
+            backing = self._open_backing(inode)
+            new = OpenState(0, 1, backing) if backing else OpenState(1, 0, 0)
+        self._opens.put(unique, inode, new)
+        return new
+
+    def _open_backing(self, inode: int) -> int:
+        """Register the complete local file with the kernel; return its backing id or 0."""
+        if not self.passthrough:
+            return 0
+        local = self._handler.backing(inode)
+        if local is None:
+            return 0
+        try:
+            # A mutable argument makes ioctl return the kernel's result, which is the backing id.
+            request = bytearray(protocol.BACKING_MAP.pack(local, 0, 0))
+            return int(fcntl.ioctl(self._descriptor, protocol.DEV_IOC_BACKING_OPEN, request))
+        except OSError as error:
+            # EPERM without CAP_SYS_ADMIN, ELOOP on a stacked file system: serve by copy from now on.
+            self.passthrough = False
+            log.warning(
+                "passthrough is off, files are served by copy: the kernel refused a backing file (%s)", error.strerror
+            )
+            return 0
+        finally:
+            os.close(local)
+
+    def _release(self, header: protocol.Header, body: memoryview, _message: memoryview) -> None:
+        unique = header.unique & ~protocol.UNIQUE_RESEND
+        inode = header.nodeid
+        handle = protocol.RELEASE_IN.unpack_from(body)[0]
+        if unique != self._opens.last_unique:
+            state = self._opens.get(inode)
+            passed = handle & 1 == _PASSED
+            new = OpenState(
+                state.cached - (not passed and state.cached > 0),
+                state.passed - (passed and state.passed > 0),
+                state.backing,
+            )
+            closed = state.backing if not new.passed else 0
+            if closed:
+                new.backing = 0
+            self._opens.put(unique, inode, new)
+            if closed:
+                self._close_backing(closed)
+            if not (new.cached or new.passed):
+                self._handler.released(inode)
+        send(self._descriptor, [protocol.error_reply(header.unique, 0)])
+
+    def _close_backing(self, backing: int) -> None:
+        try:
+            fcntl.ioctl(self._descriptor, protocol.DEV_IOC_BACKING_CLOSE, struct.pack("=I", backing))
+        except OSError as error:
+            log.warning("backing id %d could not be closed: %s", backing, error.strerror)
+
+    def _read(self, header: protocol.Header, body: memoryview, _message: memoryview) -> None:
+        _handle, offset, size, *_ = protocol.READ_IN.unpack_from(body)
+        reply = Reply(self, self._descriptor, header.unique)
+        self._handler.read(header.nodeid, offset, size, reply)
+        if reply.cancel is not None and not reply.done:
+            self._pending[header.unique & ~protocol.UNIQUE_RESEND] = reply
+
+    def finished(self, reply: Reply) -> None:
+        """Forget a reply that waited; called by the handler on the loop when it is done with it."""
+        self._pending.pop(reply.unique & ~protocol.UNIQUE_RESEND, None)
+
+    def _interrupt(self, _header: protocol.Header, body: memoryview, _message: memoryview) -> None:
+        (unique,) = protocol.INTERRUPT_IN.unpack_from(body)
+        reply = self._pending.pop(unique & ~protocol.UNIQUE_RESEND, None)
+        if reply is not None and reply.cancel is not None:
+            reply.cancel()
+
+    def _getxattr(self, header: protocol.Header, body: memoryview, message: memoryview) -> None:
+        name = bytes(body[protocol.GETXATTR_IN.size :])
+        if name.startswith(OWN_XATTR_PREFIX):
+            self._forward(bytes(message))
+        else:
+            # ls -l asks two of these for every entry; ENODATA is the truth and needs no hop.
+            send(self._descriptor, [protocol.error_reply(header.unique, errno.ENODATA)])
+
+    def _refuse(self, header: protocol.Header, op: str, code: int) -> None:
+        self.count_error(op, code)
+        send(self._descriptor, [protocol.error_reply(header.unique, code)])

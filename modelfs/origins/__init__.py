@@ -1,0 +1,49 @@
+"""Object stores: the ``Origin`` protocol and one module per kind.
+
+An origin knows neither chunks nor caches nor FUSE. Its methods block and are called from worker
+threads; retries of single requests, resuming of broken bodies and the translation of every library
+exception into ``errors`` happen here and nowhere above.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from modelfs.chunks import ByteRange, ObjectInfo
+
+
+class Sink(Protocol):
+    """Where the bytes of a download go, in order."""
+
+    def space(self) -> memoryview:
+        """Return the next free bytes to fill, at least one; raise to give the download up."""
+
+    def advance(self, count: int) -> None:
+        """Say that the first ``count`` bytes of the last ``space`` are filled."""
+
+    def connected(self, abort: Callable[[], None]) -> None:
+        """Take the means to break off the wait for the network, callable from any thread."""
+
+
+class Origin(Protocol):
+    """One bucket."""
+
+    @property
+    def name(self) -> str:
+        """Identity of the bucket: equal names hold equal objects."""
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Yield every object whose key begins with ``prefix``, in the store's order.
+
+        Raises:
+            OriginError: The listing failed; nothing partial is to be used.
+        """
+
+    def read_into(self, info: ObjectInfo, span: ByteRange, sink: Sink) -> None:
+        """Download exactly ``span`` of exactly this object version into ``sink``.
+
+        A body that breaks or stalls is resumed at the byte it reached.
+
+        Raises:
+            ObjectChangedError: The object has another version now.
+            OriginError: The bytes cannot be had.
+        """

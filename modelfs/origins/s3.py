@@ -1,0 +1,317 @@
+"""S3 and everything that speaks it, through boto3.
+
+Every GET carries ``If-Match`` of the version that was listed, and the answer's status, ETag,
+Content-Range and length are checked before the first byte is taken: some stores answer 200 to a ranged
+GET or ignore If-Match. Credentials come from the SDK's chain, which refreshes expiring ones; when a
+token has expired all the same, the session is built anew once, so that rewritten files are read.
+
+Threads: one client is shared by all; botocore clients are thread-safe.
+"""
+
+import logging
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import boto3
+import botocore.exceptions as sdk
+import urllib3.exceptions
+from botocore import UNSIGNED
+from botocore.config import Config as SdkConfig
+
+from modelfs.chunks import ByteRange, ObjectId, ObjectInfo
+from modelfs.config import OriginConfig
+from modelfs.errors import (
+    AccessDeniedError,
+    BucketNotFoundError,
+    ConfigError,
+    EndpointUnreachableError,
+    NoCredentialsError,
+    ObjectChangedError,
+    ObjectNotFoundError,
+    OriginError,
+    ThrottledError,
+    TransientOriginError,
+    WrongRegionError,
+)
+from modelfs.metrics import Metrics
+from modelfs.origins import Sink
+
+log = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 5.0
+INACTIVITY_SECONDS = 10.0
+"""Longest silence of a socket; a trickle is the fetch engine's to notice, by progress."""
+ATTEMPTS = 6
+"""Tries without one new byte; every byte gained starts the count again."""
+BACKOFF_SECONDS = 0.1
+BACKOFF_CAP_SECONDS = 5.0
+MAX_CONNECTIONS = 64
+
+_DENIED = {"AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AllAccessDisabled", "AccountProblem"}
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken"}
+_THROTTLED = {"SlowDown", "TooManyRequests", "Throttling", "ThrottlingException", "RequestLimitExceeded", "429", "503"}
+_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
+_CHANGED = {"PreconditionFailed", "412"}
+
+
+class S3Origin:
+    """One bucket at one endpoint.
+
+    Args:
+        bucket: The bucket's name.
+        config: Endpoint, region, profile, addressing.
+        metrics: Counters.
+    """
+
+    def __init__(self, *, bucket: str, config: OriginConfig, metrics: Metrics) -> None:
+        self._bucket = bucket
+        self._config = config
+        self._metrics = metrics
+        self._lock = threading.Lock()
+        self._client_made = 0.0
+        self._client = self._make_client()
+        self._endpoint = str(self._client.meta.endpoint_url)
+        custom = (
+            "" if re.fullmatch(r"https://s3[.\w-]*\.amazonaws\.com(\.cn)?", self._endpoint) else f"@{self._endpoint}"
+        )
+        self.name = f"s3://{bucket}{custom}"
+
+    def _make_client(self) -> Any:  # noqa: ANN401
+        origin = self._config
+        try:
+            session = boto3.Session(profile_name=origin.profile or None, region_name=origin.region or None)
+            settings = SdkConfig(
+                signature_version=UNSIGNED if origin.no_sign_request else None,
+                connect_timeout=CONNECT_SECONDS,
+                read_timeout=INACTIVITY_SECONDS,
+                max_pool_connections=MAX_CONNECTIONS,
+                # Retried here, where progress is known.
+                retries={"total_max_attempts": 1, "mode": "standard"},
+                s3={"addressing_style": origin.addressing},
+                # A checksum of the whole object cannot check a range, and older stores reject the trailers.
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+                user_agent_extra="modelfs",
+            )
+            client = session.client(
+                "s3",
+                endpoint_url=origin.endpoint_url or None,
+                region_name=session.region_name or "us-east-1",
+                config=settings,
+            )
+        except sdk.ProfileNotFound as error:
+            raise ConfigError(
+                f"AWS profile '{origin.profile}' does not exist", "check --profile and ~/.aws/config"
+            ) from error
+        except (sdk.BotoCoreError, ValueError) as error:
+            raise ConfigError(
+                f"the AWS configuration cannot be used ({_plain(error)})", "check AWS_* and ~/.aws/config"
+            ) from error
+        self._client_made = time.monotonic()
+        return client
+
+    # -- listing ------------------------------------------------------------------------------------
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Yield every object under ``prefix``; see ``Origin.list``."""
+        token: str | None = None
+        while True:
+            page = self._list_page(prefix, token)
+            for item in page.get("Contents", ()):
+                modified = item["LastModified"]
+                version = str(item["ETag"])
+                yield ObjectInfo(
+                    ObjectId(self.name, item["Key"], version), int(item["Size"]), int(modified.timestamp()) * 10**9
+                )
+            if not page.get("IsTruncated"):
+                return
+            token = page["NextContinuationToken"]
+
+    def _list_page(self, prefix: str, token: str | None) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"Bucket": self._bucket, "Prefix": prefix}
+        if token:
+            arguments["ContinuationToken"] = token
+
+        def ask() -> dict[str, Any]:
+            self._metrics.origin_requests.labels(op="list").inc()
+            page: dict[str, Any] = self._client.list_objects_v2(**arguments)
+            return page
+
+        return self._persist(ask, prefix)
+
+    def _persist(self, ask: Callable[[], dict[str, Any]], key: str) -> dict[str, Any]:
+        """Call ``ask`` until it succeeds, fails for good, or has failed too often."""
+        for attempt in range(ATTEMPTS):
+            try:
+                return ask()
+            except Exception as error:
+                failure = self._translate(error, key)
+                if not self._worth_retry(failure, attempt):
+                    raise failure from error
+            _pause(attempt)
+        raise AssertionError("the last attempt raises")
+
+    def _worth_retry(self, failure: OriginError, attempt: int) -> bool:
+        kind = type(failure).__name__.removesuffix("Error")
+        self._metrics.origin_errors.labels(kind=kind).inc()
+        if attempt + 1 >= ATTEMPTS or (isinstance(failure, EndpointUnreachableError) and attempt >= 2):
+            return False
+        if failure.retryable:
+            return True
+        return isinstance(failure, AccessDeniedError) and attempt == 0 and self._renew_credentials()
+
+    def _renew_credentials(self) -> bool:
+        """Build a fresh session unless that was just done; return whether trying again makes sense."""
+        with self._lock:
+            if time.monotonic() - self._client_made < 1.0:
+                return False
+            self._client = self._make_client()
+        return True
+
+    # -- reading ------------------------------------------------------------------------------------
+
+    def read_into(self, info: ObjectInfo, span: ByteRange, sink: Sink) -> None:
+        """Download ``span`` into ``sink``, resuming as needed; see ``Origin.read_into``."""
+        position, attempt = span.start, 0
+        while position < span.stop:
+            before = position
+            try:
+                for count in self._stream(info, ByteRange(position, span.stop), sink):
+                    position += count
+                if position == span.stop:
+                    return
+                raise TransientOriginError(
+                    f"the body of {self._where(info.id.key)} ended {span.stop - position} bytes early"
+                )
+            except OriginError as error:
+                failure, cause = error, error.__cause__
+            except (sdk.BotoCoreError, sdk.ClientError, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+                failure, cause = self._translate(error, info.id.key), error
+            attempt = 0 if position > before else attempt + 1
+            if not self._worth_retry(failure, attempt):
+                raise failure from cause
+            if position > span.start:
+                self._metrics.origin_resumes.inc()
+            _pause(attempt)
+
+    def _stream(self, info: ObjectInfo, span: ByteRange, sink: Sink) -> Iterator[int]:
+        """Yield the number of bytes received at a time; ends early when the body does."""
+        self._metrics.origin_requests.labels(op="get").inc()
+        answer = self._client.get_object(
+            Bucket=self._bucket, Key=info.id.key, Range=f"bytes={span.start}-{span.stop - 1}", IfMatch=info.id.version
+        )
+        raw = answer["Body"]._raw_stream
+        try:
+            self._check(answer, info, span)
+            sink.connected(raw.shutdown)
+            # http.client receives into our buffer; urllib3's readinto would make one more copy of every byte.
+            receive = raw._fp.readinto
+            left = len(span)
+            while left:
+                count = receive(sink.space()[:left])
+                if not count:
+                    return
+                sink.advance(count)
+                left -= count
+                self._metrics.origin_bytes.inc(count)
+                yield count
+            raw.release_conn()
+            raw = None
+        finally:
+            if raw is not None:
+                raw.close()
+
+    def _check(self, answer: dict[str, Any], info: ObjectInfo, span: ByteRange) -> None:
+        """Make sure the answer is the range and the version asked for."""
+        where = self._where(info.id.key)
+        if answer.get("ETag") not in {None, info.id.version}:
+            raise ObjectChangedError(f"{where} was overwritten", "open it again to read the new version")
+        expected = f"bytes {span.start}-{span.stop - 1}/{info.size}"
+        whole = answer.get("ContentRange") is None and len(span) == info.size
+        if answer.get("ContentRange") != expected and not whole:
+            raise TransientOriginError(
+                f"{where}: asked for '{expected}', the store sent '{answer.get('ContentRange')}'"
+            )
+        if answer.get("ContentLength") not in {None, len(span)}:
+            raise TransientOriginError(
+                f"{where}: asked for {len(span)} bytes, the store announced {answer.get('ContentLength')}"
+            )
+
+    # -- errors -------------------------------------------------------------------------------------
+
+    def _where(self, key: str) -> str:
+        return f"s3://{self._bucket}/{key}"
+
+    def _translate(self, error: Exception, key: str) -> OriginError:
+        """Turn a library exception into a domain error; what is no network matter is raised again."""
+        if isinstance(error, OriginError):
+            return error
+        if isinstance(error, sdk.ClientError):
+            return self._translate_answer(error, key)
+        if isinstance(error, sdk.NoCredentialsError | sdk.PartialCredentialsError | sdk.CredentialRetrievalError):
+            return NoCredentialsError(
+                f"no usable AWS credentials for bucket '{self._bucket}'",
+                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, --profile, a role, or --no-sign-request",
+            )
+        if isinstance(error, sdk.TokenRetrievalError | sdk.SSOError):
+            return NoCredentialsError(f"the AWS login for bucket '{self._bucket}' has expired", "log in again")
+        if isinstance(
+            error, sdk.EndpointConnectionError | sdk.ConnectTimeoutError | sdk.SSLError | sdk.ProxyConnectionError
+        ):
+            return EndpointUnreachableError(
+                f"cannot connect to {self._endpoint} for bucket '{self._bucket}'",
+                "check --endpoint-url and the network",
+            )
+        if isinstance(error, sdk.HTTPClientError | urllib3.exceptions.HTTPError | OSError | ValueError):
+            return TransientOriginError(f"the connection to {self._endpoint} broke while reading {self._where(key)}")
+        if isinstance(error, sdk.BotoCoreError):
+            return OriginError(f"the request for {self._where(key)} could not be made ({_plain(error)})")
+        raise error
+
+    def _translate_answer(self, error: Any, key: str) -> OriginError:  # noqa: ANN401
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        where, at = self._where(key), f"at {self._endpoint}"
+        if code == "NoSuchBucket":
+            return BucketNotFoundError(
+                f"bucket '{self._bucket}' does not exist {at}", "check the name and --endpoint-url"
+            )
+        if code in _CHANGED or status == 412:
+            return ObjectChangedError(f"{where} was overwritten", "open it again to read the new version")
+        if code in {"NoSuchKey", "NotFound", "404"}:
+            return ObjectNotFoundError(f"{where} does not exist any more", "check the bucket")
+        if code in _REGION or status == 301:
+            hint = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region")
+            hint = hint or error.response.get("Error", {}).get("Region")
+            return WrongRegionError(
+                f"bucket '{self._bucket}' is in another region", f"set --region{' ' + hint if hint else ''}"
+            )
+        if code in _EXPIRED:
+            return AccessDeniedError(
+                f"the credentials for bucket '{self._bucket}' have expired", "renew them; no restart is needed"
+            )
+        if code in _THROTTLED or status in {429, 503}:
+            return ThrottledError(f"the store asks to slow down ({code}) for bucket '{self._bucket}'")
+        if code in _DENIED or status in {401, 403}:
+            return AccessDeniedError(
+                f"access to bucket '{self._bucket}' {at} was denied ({code})",
+                "check the credentials and the bucket's policy",
+            )
+        if status >= 500 or code in {"RequestTimeout", "InternalError"}:
+            return TransientOriginError(f"the store failed with {code or status} for {where}")
+        return OriginError(
+            f"the store refused {where} ({code or status})", "check --endpoint-url, --region and addressing"
+        )
+
+
+def _pause(attempt: int) -> None:
+    """Wait with full jitter before the next try."""
+    time.sleep(random.uniform(0, min(BACKOFF_CAP_SECONDS, BACKOFF_SECONDS * 2**attempt)))
+
+
+def _plain(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

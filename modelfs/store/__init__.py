@@ -1,0 +1,515 @@
+"""The local store: which chunks of which object versions lie on this disk, and their bytes.
+
+State is owned by the trio loop: methods without ``_sync`` run there and never block for long; those
+with ``_sync`` are called in worker threads and touch only files and the index. Bytes are served as soon
+as they are written (their checksum is in memory); a chunk is recorded in the index only after
+``fdatasync``, many at a time. A record whose bytes fail the checksum is dropped, counted and fetched
+again. Nothing is deleted at start, and start does not depend on the number of cached bytes.
+
+INVARIANT: ``resident_bytes + reserved_bytes`` never exceeds the limit by more than what was reserved
+before the limit shrank (another process filled the disk).
+"""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import lmdb
+import trio
+
+from modelfs.chunks import CHUNK_BYTES, MIB, PIECE_BYTES, ByteRange, ObjectInfo, chunks_of
+from modelfs.config import StoreConfig
+from modelfs.errors import CacheError
+from modelfs.metrics import Metrics
+from modelfs.store import files
+from modelfs.store.files import CorruptChunkError
+from modelfs.store.index import Index, NewChunk
+
+__all__ = ["Chunk", "CorruptChunkError", "Store", "StoredObject"]
+
+log = logging.getLogger(__name__)
+
+COMMIT_SECONDS = 0.5
+"""How long finished chunks gather before one fdatasync and one transaction serve them all."""
+_USE_GRANULARITY_SECONDS = 1
+_SPACE_CHECK_SECONDS = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class Chunk:
+    """A resident chunk. ``verified`` has a bit for every piece known to match its checksum."""
+
+    sums: bytes
+    verified: int
+    durable: bool
+    pins: int = 0
+
+    @property
+    def all_verified(self) -> bool:
+        """Whether every piece has been checked by this process or was written by it."""
+        return self.verified == (1 << (len(self.sums) // files.SUM_BYTES)) - 1
+
+
+@dataclass(slots=True, eq=False)
+class StoredObject:
+    """The store's view of one object version.
+
+    ``chunks`` is in order of last use once the object is open. ``users`` counts opens and downloads;
+    ``passed`` says that the kernel reads the file without us, so that no hole may be punched.
+    """
+
+    info: ObjectInfo
+    chunks: OrderedDict[int, Chunk]
+    users: int = 0
+    passed: bool = False
+    descriptor: int = -1
+    evicting: set[int] = field(default_factory=set)
+    resident_bytes: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every byte is resident."""
+        return self.resident_bytes == self.info.size
+
+    @property
+    def durable(self) -> bool:
+        """Whether every byte is resident and recorded."""
+        return self.complete and all(chunk.durable for chunk in self.chunks.values())
+
+    def missing(self, span: ByteRange) -> list[int]:
+        """Return the chunks of ``span`` that are not resident."""
+        return [index for index in chunks_of(span) if index not in self.chunks]
+
+
+class Store:
+    """The open store of one cache directory.
+
+    Args:
+        config: Directory and limits.
+        metrics: Gauges and counters.
+        holder: Who opens it, for the message to the next one who tries.
+        budget: Bytes in flight that eviction keeps room for.
+
+    Raises:
+        CacheError: Not writable, held by another daemon, too small, or of another format.
+    """
+
+    def __init__(self, *, config: StoreConfig, metrics: Metrics, holder: str, budget: int) -> None:
+        self.directory = Path(config.cache_dir)
+        self._config = config
+        self._metrics = metrics
+        files.prepare(self.directory)
+        self._lock = self._take_lock(holder)
+        self.data_directory = self.directory / "data"
+        files.prepare(self.data_directory)
+        self._index = self._open_index()
+        self._objects: dict[int, StoredObject] = {}
+        self._dirty: dict[tuple[int, int], tuple[StoredObject, Chunk]] = {}
+        self._used: dict[int, int] = {}
+        self._used_known: dict[int, int] = {}
+        self._dirty_event = trio.Event()
+        self._commit_lock = trio.Lock()
+        self.resident_bytes = self._index.resident_bytes()
+        self.reserved_bytes = 0
+        self.evicted_bytes = 0
+        self.pressure = trio.Event()
+        self.demand_waits = False
+        self._disk_limit = 0
+        self._space_checked = 0.0
+        self.refresh_space()
+        if self.limit_bytes < CHUNK_BYTES and self.resident_bytes == 0:
+            raise CacheError(
+                f"the cache in {self.directory} may hold {max(0, self.limit_bytes) // MIB} MiB, less than one chunk",
+                f"raise --cache-size, lower --min-free or free space: {CHUNK_BYTES // MIB} MiB is the least",
+            )
+        self.headroom_bytes = min(budget, self.limit_bytes // 4)
+
+    # -- opening and closing ------------------------------------------------------------------------
+
+    def _take_lock(self, holder: str) -> int:
+        descriptor = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            other = os.pread(descriptor, 500, 0).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise CacheError(
+                f"cache directory {self.directory} is in use by {other}", "give this mount its own --cache-dir"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"pid {os.getpid()} ({holder})\n".encode(), 0)
+        return descriptor
+
+    def _open_index(self) -> Index:
+        path = self.directory / "index"
+        try:
+            return Index(path)
+        except lmdb.Error as error:
+            aside = self.directory / f"index.damaged-{int(time.time())}"
+            log.error("index %s is damaged (%s): set aside as %s, the cache starts empty", path, error, aside)
+            path.rename(aside)
+            return Index(path)
+
+    def close(self) -> None:
+        """Close every file; uncommitted chunks are lost, which ``run`` prevents when it is cancelled."""
+        for stored in self._objects.values():
+            if stored.descriptor >= 0:
+                os.close(stored.descriptor)
+                stored.descriptor = -1
+        self._index.close()
+        os.close(self._lock)
+
+    @property
+    def limit_bytes(self) -> int:
+        """Largest allowed size now: the configured cap, or what the disk has above the floor."""
+        return self._disk_limit
+
+    def refresh_space(self) -> None:
+        """Look at the disk again."""
+        room = os.statvfs(self.directory)
+        total, free = room.f_blocks * room.f_frsize, room.f_bavail * room.f_frsize
+        cap = self._config.cache_size.of(total)
+        available = self.resident_bytes + self.reserved_bytes + free - self._config.min_free.of(total)
+        self._disk_limit = min(cap, available)
+        self._space_checked = time.monotonic()
+        self._metrics.store_limit.set(self._disk_limit)
+        self._metrics.store_bytes.set(self.resident_bytes)
+
+    # -- objects ------------------------------------------------------------------------------------
+
+    def object(self, info: ObjectInfo) -> StoredObject:
+        """Return the store's view of ``info``, loaded from the index the first time."""
+        stored = self._objects.get(info.number)
+        if stored is None:
+            stored = self._load(info)
+            self._objects[info.number] = stored
+        return stored
+
+    def _load(self, info: ObjectInfo) -> StoredObject:
+        row = self._index.object(info.number)
+        if row is None or row.info.id != info.id or row.info.size != info.size:
+            return StoredObject(info, OrderedDict())
+        recorded = self._index.chunks(info.number)
+        if recorded and not self._data_file_fits(info):
+            log.warning("data file of %s is missing or has the wrong size: fetched again", info.id.key)
+            self._index.forget(info.number, list(recorded))
+            self.resident_bytes = self._index.resident_bytes()
+            return StoredObject(info, OrderedDict())
+        chunks = OrderedDict((index, Chunk(sums, 0, durable=True)) for index, sums in recorded.items())
+        self._used_known[info.number] = row.used
+        resident = sum(len(info.chunk_range(index)) for index in chunks)
+        return StoredObject(info, chunks, resident_bytes=resident)
+
+    def _data_file_fits(self, info: ObjectInfo) -> bool:
+        try:
+            return files.data_path(self.data_directory, info.number).stat().st_size == info.size
+        except OSError:
+            return False
+
+    def known_object(self, number: int) -> ObjectInfo | None:
+        """Return the identity behind a number that is no longer in any listing, if the index has it."""
+        row = self._index.object(number)
+        return row.info if row else None
+
+    @contextlib.contextmanager
+    def using(self, stored: StoredObject) -> Iterator[None]:
+        """Keep ``stored`` from idle eviction and its file open while in the block."""
+        self.acquire(stored)
+        try:
+            yield
+        finally:
+            self.release(stored)
+
+    def acquire(self, stored: StoredObject) -> None:
+        """Count one more open or download of the object."""
+        stored.users += 1
+
+    def release(self, stored: StoredObject) -> None:
+        """Take back one ``acquire``; the last one closes the data file."""
+        stored.users -= 1
+        if stored.users == 0:
+            self._close_descriptor(stored)
+
+    def _close_descriptor(self, stored: StoredObject) -> None:
+        """Close the data file unless a reader or the next commit still needs it."""
+        if stored.descriptor >= 0 and not any(chunk.pins or not chunk.durable for chunk in stored.chunks.values()):
+            os.close(stored.descriptor)
+            stored.descriptor = -1
+
+    def descriptor(self, stored: StoredObject) -> int:
+        """Return the descriptor of the data file, opened if needed.
+
+        Raises:
+            OSError: The file cannot be opened.
+        """
+        if stored.descriptor < 0:
+            stored.descriptor = files.open_data(
+                files.data_path(self.data_directory, stored.info.number), stored.info.size
+            )
+        return stored.descriptor
+
+    def touch(self, stored: StoredObject, indices: range) -> None:
+        """Note that chunks were used; coarse in time."""
+        for index in indices:
+            if index in stored.chunks:
+                stored.chunks.move_to_end(index)
+        now = int(time.time())
+        number = stored.info.number
+        if now - self._used_known.get(number, 0) >= _USE_GRANULARITY_SECONDS:
+            self._used_known[number] = now
+            self._used[number] = now
+
+    # -- reading ------------------------------------------------------------------------------------
+
+    def pin(self, stored: StoredObject, span: ByteRange) -> list[Chunk]:
+        """Forbid eviction of the resident chunks of ``span`` until ``unpin``; return them in order."""
+        pinned = [stored.chunks[index] for index in chunks_of(span)]
+        for chunk in pinned:
+            chunk.pins += 1
+        return pinned
+
+    def unpin(self, stored: StoredObject, pinned: list[Chunk]) -> None:
+        """Take back one ``pin``."""
+        for chunk in pinned:
+            chunk.pins -= 1
+        if stored.users == 0:
+            self._close_descriptor(stored)
+
+    def read_sync(
+        self, stored: StoredObject, descriptor: int, pinned: list[Chunk], span: ByteRange, target: memoryview
+    ) -> None:
+        """Fill ``target`` with the resident bytes of ``span``, checking pieces not checked before.
+
+        Called in a worker thread; ``pinned`` is what ``pin`` returned for ``span``.
+
+        Raises:
+            CorruptChunkError: The bytes on disk are not the ones recorded.
+            OSError: The disk failed.
+        """
+        for chunk, index in zip(pinned, chunks_of(span), strict=True):
+            whole = stored.info.chunk_range(index)
+            part = ByteRange(max(span.start, whole.start), min(span.stop, whole.stop))
+            view = target[part.start - span.start : part.stop - span.start]
+            mask = _piece_mask(whole, part)
+            if chunk.verified & mask == mask:
+                files.read_at(descriptor, view, part.start)
+            else:
+                files.read_verified(descriptor, whole, chunk.sums, part, view)
+                chunk.verified |= mask
+
+    async def discard(self, stored: StoredObject, index: int, why: str) -> None:
+        """Drop a chunk whose bytes are wrong; it becomes a miss."""
+        chunk = stored.chunks.get(index)
+        if chunk is None:
+            return
+        log.error("chunk %d of %s is damaged on disk (%s): dropped and fetched again", index, stored.info.id.key, why)
+        self._metrics.store_corrupt.inc()
+        await self.evict(stored, [index], "corrupt", force=True)
+
+    # -- writing ------------------------------------------------------------------------------------
+
+    def reserve(self, size: int, *, demand: bool) -> bool:
+        """Set ``size`` bytes aside for a chunk to be written; ``False`` if there is no room now.
+
+        Only demand makes eviction take chunks of open files; a download ahead of readers never does.
+        """
+        if time.monotonic() - self._space_checked > _SPACE_CHECK_SECONDS:
+            self.refresh_space()
+        taken = self.resident_bytes + self.reserved_bytes + size
+        if taken > self.limit_bytes - self.headroom_bytes:
+            self.demand_waits = self.demand_waits or demand
+            self.pressure.set()
+        if taken > self.limit_bytes:
+            return False
+        self.reserved_bytes += size
+        return True
+
+    def unreserve(self, size: int) -> None:
+        """Give a reservation back."""
+        self.reserved_bytes -= size
+
+    def write_sync(self, stored: StoredObject, descriptor: int, index: int, data: memoryview) -> None:
+        """Write a chunk's bytes; a full or broken disk raises ``OSError``. Called in a worker thread."""
+        files.write_at(descriptor, data, stored.info.chunk_range(index).start)
+
+    def added(self, stored: StoredObject, index: int, sums: bytes) -> None:
+        """Take a written, reserved chunk as resident; it is served from now on and recorded soon."""
+        size = len(stored.info.chunk_range(index))
+        self.reserved_bytes -= size
+        if index in stored.chunks:
+            return
+        chunk = Chunk(sums, (1 << (len(sums) // files.SUM_BYTES)) - 1, durable=False)
+        stored.chunks[index] = chunk
+        stored.resident_bytes += size
+        self.resident_bytes += size
+        self._metrics.store_bytes.set(self.resident_bytes)
+        self._dirty[stored.info.number, index] = (stored, chunk)
+        if stored.info.number not in self._used_known:
+            self.touch(stored, range(0))
+        self._dirty_event.set()
+
+    def disk_failed(self, error: OSError) -> str:
+        """Note a failed write; return the reason word for the metric."""
+        self.refresh_space()
+        self.pressure.set()
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            return "disk_full"
+        log.error("the cache disk at %s failed (%s): reads go on without it", self.directory, error.strerror)
+        return "disk_error"
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Commit finished chunks until cancelled, then commit once more."""
+        task_status.started()
+        try:
+            while True:
+                with trio.move_on_after(5):
+                    await self._dirty_event.wait()
+                await trio.sleep(COMMIT_SECONDS)
+                self._dirty_event = trio.Event()
+                await self.commit()
+        finally:
+            with trio.move_on_after(2, shield=True):
+                await self.commit()
+
+    async def commit(self) -> None:
+        """Make all written chunks durable and record them."""
+        async with self._commit_lock:
+            dirty, used = self._dirty, self._used
+            if not dirty and not used:
+                return
+            self._dirty, self._used = {}, {}
+            descriptors = {stored.info.number: self.descriptor(stored) for stored, _ in dirty.values()}
+            chunks = [NewChunk(stored.info, index, chunk.sums) for (_, index), (stored, chunk) in dirty.items()]
+            try:
+                await trio.to_thread.run_sync(self._commit_sync, list(descriptors.values()), chunks, used)
+            except (OSError, lmdb.Error) as error:
+                log.error(
+                    "the index in %s could not be written (%s): served from memory of this process",
+                    self.directory,
+                    error,
+                )
+                return
+            for (number, index), (stored, chunk) in dirty.items():
+                chunk.durable = True
+                if stored.chunks.get(index) is not chunk:
+                    await trio.to_thread.run_sync(self._index.forget, number, [index])  # evicted meanwhile
+                elif stored.users == 0:
+                    self._close_descriptor(stored)
+
+    def _commit_sync(self, descriptors: list[int], chunks: list[NewChunk], used: dict[int, int]) -> None:
+        for descriptor in descriptors:
+            os.fdatasync(descriptor)
+        self._index.record(chunks, used)
+
+    # -- eviction -----------------------------------------------------------------------------------
+
+    async def evict(self, stored: StoredObject, indices: list[int], reason: str, *, force: bool = False) -> int:
+        """Remove chunks; pinned ones and those of passed-through files stay unless forced. Return bytes freed."""
+        victims = []
+        for index in indices:
+            chunk = stored.chunks.get(index)
+            if chunk is None or (not force and (chunk.pins or stored.passed)) or index in stored.evicting:
+                continue
+            # No checkpoint between this check and the removal: a reader after it sees a miss.
+            del stored.chunks[index]
+            self._dirty.pop((stored.info.number, index), None)
+            stored.evicting.add(index)
+            stored.resident_bytes -= len(stored.info.chunk_range(index))
+            victims.append(index)
+        if not victims:
+            return 0
+        with trio.CancelScope(shield=True):
+            async with self._commit_lock:
+                try:
+                    await trio.to_thread.run_sync(self._evict_sync, stored, victims)
+                except (OSError, lmdb.Error) as error:
+                    log.error("cannot evict from %s: %s", self.directory, error)
+                finally:
+                    stored.evicting.difference_update(victims)
+        # No checkpoint between this check and the unlink: whoever opens the file next makes a new one.
+        if not stored.chunks and not stored.users and not stored.evicting and stored.descriptor < 0:
+            files.data_path(self.data_directory, stored.info.number).unlink(missing_ok=True)
+        freed = sum(len(stored.info.chunk_range(index)) for index in victims)
+        self.resident_bytes -= freed
+        self.evicted_bytes += freed
+        self._metrics.store_evicted.labels(reason=reason).inc(freed)
+        self._metrics.store_bytes.set(self.resident_bytes)
+        return freed
+
+    def _evict_sync(self, stored: StoredObject, victims: list[int]) -> None:
+        """Forget first, punch second: a crash in between leaves unrecorded bytes, never a record without bytes."""
+        self._index.forget(stored.info.number, victims)
+        path = files.data_path(self.data_directory, stored.info.number)
+        files.punch(path, [stored.info.chunk_range(index) for index in victims])
+
+    def least_recent(self, limit: int, after: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return ``(used, number)`` pairs in order of eviction; see ``Index.least_recent``."""
+        return self._index.least_recent(limit, after)
+
+    def evictable(self, number: int) -> StoredObject | None:
+        """Return the object behind a number of the index, loaded if needed."""
+        stored = self._objects.get(number)
+        if stored is not None:
+            return stored
+        info = self.known_object(number)
+        return self.object(info) if info is not None else None
+
+    def in_use(self) -> list[StoredObject]:
+        """Return the objects that are open or downloading and hold chunks."""
+        return [stored for stored in self._objects.values() if stored.users and stored.chunks]
+
+    # -- recovery -----------------------------------------------------------------------------------
+
+    def backing_descriptor(self, stored: StoredObject) -> int | None:
+        """Return a new read-only descriptor of a complete object's data file, or ``None``."""
+        if not stored.info.size or not stored.complete or stored.evicting:
+            return None
+        try:
+            return os.open(files.data_path(self.data_directory, stored.info.number), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            log.warning("data file of %s cannot be opened: %s", stored.info.id.key, error.strerror)
+            return None
+
+    async def recover(self) -> None:
+        """Free what a crash left behind: data files without a record. Runs beside serving."""
+        freed = await trio.to_thread.run_sync(self._orphans_sync)
+        for number in freed:
+            if number not in self._objects:
+                files.data_path(self.data_directory, number).unlink(missing_ok=True)
+        if freed:
+            log.info("removed %d data files without a record", len(freed))
+
+    def _orphans_sync(self) -> list[int]:
+        known = self._index.numbers()
+        found = []
+        with os.scandir(self.data_directory) as entries:
+            for entry in entries:
+                with contextlib.suppress(ValueError):
+                    number = int(entry.name, 16)
+                    if number not in known:
+                        found.append(number)
+        return found
+
+    # -- listings -----------------------------------------------------------------------------------
+
+    def listing(self, source: str) -> list[ObjectInfo] | None:
+        """Return the last good listing of a source, or ``None``."""
+        return self._index.listing(source)
+
+    async def save_listing(self, source: str, objects: list[ObjectInfo]) -> None:
+        """Keep a listing for a restarted worker."""
+        async with self._commit_lock:
+            await trio.to_thread.run_sync(self._index.save_listing, source, objects)
+
+
+def _piece_mask(chunk: ByteRange, part: ByteRange) -> int:
+    first = (part.start - chunk.start) // PIECE_BYTES
+    last = (part.stop - 1 - chunk.start) // PIECE_BYTES
+    return ((1 << (last - first + 1)) - 1) << first

@@ -8,7 +8,6 @@ away, and refreshes afterwards.
 
 import contextlib
 import faulthandler
-import hashlib
 import json
 import logging
 import os
@@ -34,7 +33,7 @@ from modelfs.fuse import protocol
 from modelfs.fuse.front import Front
 from modelfs.fuse.opens import OpenTable
 from modelfs.fuse.supervisor import BEAT_SECONDS
-from modelfs.fuse.tuning import Tuning, runtime_dir
+from modelfs.fuse.tuning import Tuning, control_socket
 from modelfs.metrics import Metrics
 from modelfs.origins import Origin
 from modelfs.origins.s3 import S3Origin
@@ -78,17 +77,10 @@ class _JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
-def socket_path(mountpoint: str) -> str:
-    """Return the path of a mount's control socket."""
-    return f"{runtime_dir()}/{hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]}.sock"
-
-
 def available_memory() -> int:
     """Return the memory this process may still take, in bytes: the cgroup's limit or what the machine has."""
-    found = []
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            found.append(int(line.split()[1]) * 1024)
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):
             found.append(int(Path(name).read_text()))
@@ -296,7 +288,7 @@ class Worker:
             control=control,
         )
         return Admin(
-            answers=answers, address=self._config.daemon.admin, socket_path=socket_path(self._config.mountpoint)
+            answers=answers, address=self._config.daemon.admin, socket_path=control_socket(self._config.mountpoint)
         )
 
     async def _run_namespace(self) -> None:

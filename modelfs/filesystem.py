@@ -6,6 +6,7 @@ a pyfuse3 handler would end the mount. Runs on the trio loop; reads of resident 
 threads, which also send the reply.
 """
 
+import contextlib
 import errno
 import functools
 import itertools
@@ -17,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import pyfuse3
 import trio
@@ -42,19 +43,16 @@ BLOCK_BYTES = 4096
 XATTRS = (b"etag", b"uri", b"resident_bytes")
 _WARN_SECONDS = 5.0
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
+_Handler = TypeVar("_Handler", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 
-def _answers_errno(
-    handler: Callable[Concatenate["Namespace", _P], Coroutine[Any, Any, _T]],
-) -> Callable[Concatenate["Namespace", _P], Coroutine[Any, Any, _T]]:
+def _answers_errno(handler: _Handler) -> _Handler:
     """Turn whatever leaves a handler into an errno for the kernel."""
 
     @functools.wraps(handler)
-    async def wrapped(self: "Namespace", *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    async def wrapped(self: "Namespace", *args: object) -> object:
         try:
-            return await handler(self, *args, **kwargs)
+            return await handler(self, *args)
         except pyfuse3.FUSEError:
             raise
         except ModelfsError as error:
@@ -64,7 +62,7 @@ def _answers_errno(
             self.metrics.fuse_errors.labels(op=handler.__name__, errno="EIO").inc()
             raise pyfuse3.FUSEError(errno.EIO) from None
 
-    return wrapped
+    return cast("_Handler", wrapped)
 
 
 class View:
@@ -352,10 +350,8 @@ class DataPath:
             log.exception("unexpected failure while reading %s", stored.info.id.key)
             failure = error
         assert self._token is not None
-        try:
+        with contextlib.suppress(trio.RunFinishedError):  # the process is ending; the kernel asks again
             self._token.run_sync_soon(self._settle, stored, span, reply, pinned, failure)
-        except trio.RunFinishedError:
-            pass  # the process is ending; the kernel sends the request again
 
     def _buffer(self, size: int) -> memoryview:
         """Return this thread's reused buffer."""

@@ -157,18 +157,22 @@ class Prefetch:
             return
         if self._mode != "auto":
             for name in self._mode.split(","):
-                node = tree.find(name.strip())
-                if node is None:
-                    log.warning("--prefetch names '%s', which is not in the mount", name.strip())
-                elif isinstance(node, File):
-                    self._fetch.submit([PlanItem(node.info, ByteRange(0, node.info.size))], RANK_WEIGHTS)
-                else:
-                    for directory in _models(node):
-                        self.want(directory)
+                self._start_named(tree, name.strip())
             return
-        for top in [tree.root, *tree.root.directories()] if len(tree.root.directories()) == 1 else [tree.root]:
+        children = tree.root.directories()
+        for top in [tree.root, *(children if len(children) == 1 else ())]:
             if is_model(top):
                 self.want(top)
+
+    def _start_named(self, tree: Tree, name: str) -> None:
+        node = tree.find(name)
+        if node is None:
+            log.warning("--prefetch names '%s', which is not in the mount", name)
+        elif isinstance(node, File):
+            self._fetch.submit([PlanItem(node.info, ByteRange(0, node.info.size))], RANK_WEIGHTS)
+        else:
+            for directory in _models(node):
+                self.want(directory)
 
     def touch(self, directory: Directory) -> None:
         """Note the first sign that someone uses what lies in ``directory``; cheap when repeated."""

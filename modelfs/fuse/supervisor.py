@@ -9,6 +9,7 @@ Messages are JSON datagrams. To the worker: ``start`` (what to serve), ``connect
 From the worker: ``prepared``, ``serving``, ``beat``, ``failed`` (one line and an exit code), ``unmounted``.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import errno
@@ -24,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from modelfs.errors import FuseUnavailableError, MountpointError
 from modelfs.fuse import protocol
@@ -207,6 +209,8 @@ class Supervisor:
                 outcome = self._run_worker()
                 if outcome == "unmounted" or self._stopping:
                     return 0
+                if not self._announced:
+                    raise WorkerFailedError(f"the worker ended before the mount answered ({outcome}), see above", 1)
                 if time.monotonic() - began > _STABLE_SECONDS:
                     self._starts = 1
                 pause = _RESTART_PAUSES[min(self._starts - 1, len(_RESTART_PAUSES) - 1)]
@@ -235,7 +239,7 @@ class Supervisor:
             self._starts += 1
             start = {**self._request.start, "starts": self._starts, "mounted": self._descriptor >= 0}
             try:
-                ours.send(json.dumps({"start": start}).encode())
+                _send(ours, {"start": start})
                 return self._watch(ours, self._worker)
             finally:
                 self._channel = None
@@ -251,23 +255,30 @@ class Supervisor:
             if not ready:
                 self._dump_stacks(worker)
                 return f"no sign of life for {HANG_SECONDS:.0f} s"
-            message = channel.recv(_MESSAGE_BYTES) if channel.fileno() in ready else b"{}"
+            message = _receive(channel) if channel.fileno() in ready else b"{}"
             if not message:
                 code = worker.wait()
                 return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
             for kind, value in json.loads(message).items():
-                if kind == "failed":
-                    if not self._announced:
-                        raise WorkerFailedError(value["line"], value["exit_code"])
-                    return str(value["line"])
-                if kind == "unmounted":
-                    return "unmounted"
-                if kind == "prepared":
-                    self._connect(channel)
                 if kind in {"serving", "beat"}:
                     deadline = time.monotonic() + HANG_SECONDS
-                if kind == "serving":
-                    self._announce()
+                outcome = self._take(channel, kind, value)
+                if outcome:
+                    return outcome
+
+    def _take(self, channel: socket.socket, kind: str, value: Any) -> str:  # noqa: ANN401
+        """Act on one message; return why the worker is to end, or an empty string."""
+        if kind == "failed":
+            if not self._announced:
+                raise WorkerFailedError(value["line"], value["exit_code"])
+            return str(value["line"])
+        if kind == "unmounted":
+            return kind
+        if kind == "prepared":
+            self._connect(channel)
+        if kind == "serving":
+            self._announce()
+        return ""
 
     def _connect(self, channel: socket.socket) -> None:
         if self._descriptor < 0:
@@ -277,7 +288,7 @@ class Supervisor:
             "resend": self._agreed.resend,
             "tuning": dataclasses.asdict(self._tuning),
         }
-        socket.send_fds(channel, [json.dumps({"connect": connect}).encode()], [self._descriptor, self._opens])
+        _send(channel, {"connect": connect}, [self._descriptor, self._opens])
 
     def _announce(self) -> None:
         if self._announced:
@@ -289,10 +300,8 @@ class Supervisor:
 
     def _dump_stacks(self, worker: subprocess.Popen[bytes]) -> None:
         worker.send_signal(signal.SIGABRT)  # faulthandler prints every thread's stack
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # SIGKILL follows
             worker.wait(2)
-        except subprocess.TimeoutExpired:
-            pass  # SIGKILL follows
 
     def _end_worker(self) -> None:
         worker, self._worker = self._worker, None
@@ -366,11 +375,23 @@ class Supervisor:
             select.select([self._wake_read], [], [], seconds)
 
 
-def _set_oom_score(score: int) -> None:
+def _send(channel: socket.socket, message: dict[str, object], descriptors: Sequence[int] = ()) -> None:
+    """Send to the worker; one that died just now is noticed by ``_receive``."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        socket.send_fds(channel, [json.dumps(message).encode()], list(descriptors))
+
+
+def _receive(channel: socket.socket) -> bytes:
+    """Return the worker's next message, empty when it is gone."""
     try:
+        return channel.recv(_MESSAGE_BYTES)
+    except ConnectionResetError:
+        return b""  # killed before it had read everything
+
+
+def _set_oom_score(score: int) -> None:
+    with contextlib.suppress(OSError):  # lowering needs CAP_SYS_RESOURCE; the mount works without
         Path("/proc/self/oom_score_adj").write_text(str(score))
-    except OSError:
-        pass  # lowering needs CAP_SYS_RESOURCE; the mount works without
 
 
 def notify_systemd(state: str) -> None:

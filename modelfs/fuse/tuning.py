@@ -5,6 +5,8 @@ raised through sysfs, by root. Nothing here touches the mount itself: device num
 /proc/self/mountinfo, so a hung mount cannot hang this module.
 """
 
+import contextlib
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +42,8 @@ class Tuning:
         found = []
         if self.read_ahead_kib < READ_AHEAD_KIB:
             found.append(
-                f"read_ahead_kb is {self.read_ahead_kib} and could not be raised to {READ_AHEAD_KIB}: run as root with a "
-                "writable /sys"
+                f"read_ahead_kb is {self.read_ahead_kib} and could not be raised to {READ_AHEAD_KIB}: "
+                "run as root with a writable /sys"
             )
         if not self.passthrough:
             found.append("passthrough is off, complete files are served by copy: needs Linux 6.9 and CAP_SYS_ADMIN")
@@ -59,7 +61,8 @@ def _unescape(text: str) -> str:
 def mounts() -> list[Mount]:
     """Return every modelfs mount this process sees, oldest first."""
     found = []
-    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+    text = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+    for line in text.splitlines():
         left, _, right = line.partition(" - ")
         fields, (fstype, source, *_) = left.split(" "), right.split(" ")
         if fstype == FILESYSTEM_TYPE:
@@ -75,9 +78,7 @@ def mount_at(mountpoint: str) -> Mount | None:
 
 def mount_of(path: str) -> Mount | None:
     """Return the modelfs mount that holds ``path`` (absolute, symlinks resolved by the caller), or ``None``."""
-    holding = [
-        mount for mount in mounts() if path == mount.mountpoint or path.startswith(mount.mountpoint.rstrip("/") + "/")
-    ]
+    holding = [mount for mount in mounts() if f"{path}/".startswith(mount.mountpoint.rstrip("/") + "/")]
     return max(holding, key=lambda mount: len(mount.mountpoint), default=None)
 
 
@@ -91,10 +92,8 @@ def _read_int(path: Path) -> int:
 def tune(mount: Mount, *, passthrough: bool, resend: bool) -> Tuning:
     """Raise read-ahead where permitted; return what is in force now."""
     knob = Path(f"/sys/class/bdi/{mount.major}:{mount.minor}/read_ahead_kb")
-    try:
+    with contextlib.suppress(OSError):  # reported by the value read back
         knob.write_text(str(READ_AHEAD_KIB))
-    except OSError:
-        pass  # reported by the value read back
     background = _read_int(Path(f"/sys/fs/fuse/connections/{mount.minor}/max_background"))
     return Tuning(_read_int(knob), background, passthrough and has_cap_sys_admin(), resend)
 
@@ -107,9 +106,9 @@ def has_cap_sys_admin() -> bool:
     return False
 
 
-def runtime_dir() -> str:
-    """Return the directory of the control sockets: /run/modelfs for root, the user's runtime directory otherwise."""
+def control_socket(mountpoint: str) -> str:
+    """Return the path of a mount's control socket, which daemon and commands both derive from the mountpoint."""
+    name = hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16] + ".sock"
     if os.geteuid() == 0:
-        return "/run/modelfs"
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    return f"{base}/modelfs" if base else f"/tmp/modelfs-{os.geteuid()}"
+        return f"/run/modelfs/{name}"
+    return f"{os.environ.get('XDG_RUNTIME_DIR') or f'/tmp/modelfs-{os.geteuid()}'}/modelfs/{name}"

@@ -479,12 +479,13 @@ class Store:
 
     async def recover(self) -> None:
         """Free what a crash left behind: data files without a record. Runs beside serving."""
-        freed = await trio.to_thread.run_sync(self._orphans_sync)
-        for number in freed:
-            if number not in self._objects:
-                files.data_path(self.data_directory, number).unlink(missing_ok=True)
-        if freed:
-            log.info("removed %d data files without a record", len(freed))
+        orphans = await trio.to_thread.run_sync(self._orphans_sync)
+        # What this process has opened since is not an orphan; no checkpoint until they are gone.
+        orphans = [number for number in orphans if number not in self._objects]
+        for number in orphans:
+            files.data_path(self.data_directory, number).unlink(missing_ok=True)
+        if orphans:
+            log.info("removed %d data files without a record", len(orphans))
 
     def _orphans_sync(self) -> list[int]:
         known = self._index.numbers()

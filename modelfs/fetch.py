@@ -97,6 +97,7 @@ class _Run:
     seen: int = 0
     seen_at: float = 0.0
     waiting_for_buffer: bool = False
+    refused: bool = False
 
     @property
     def chunks(self) -> range:
@@ -210,11 +211,11 @@ class Fetch:
         deadline = trio.current_time() + READ_DEADLINE_SECONDS
         needed = span.stop - index * CHUNK_BYTES
         reached = 0
-        while index not in stored.chunks:
+        while True:
+            view = self.peek(stored, index, span)
+            if view is not None or index in stored.chunks:
+                return view
             active = self._active.get(key)
-            if active is not None and active.filled >= needed:
-                start = span.start - active.span.start
-                return active.view[start:needed]
             if active is not None and active.filled > reached:
                 reached, deadline = active.filled, trio.current_time() + READ_DEADLINE_SECONDS
             waiter = _Waiter(needed)
@@ -234,12 +235,13 @@ class Fetch:
                     f"no byte of {stored.info.id.key} arrived for {READ_DEADLINE_SECONDS:.0f} s",
                     "check the network and the store",
                 )
-        return None
 
-    def in_memory(self, stored: StoredObject, index: int, span: ByteRange) -> bool:
-        """Return whether ``obtain`` would answer at once from a buffer."""
+    def peek(self, stored: StoredObject, index: int, span: ByteRange) -> memoryview | None:
+        """Return ``span``, inside chunk ``index``, if a buffer holds it; valid until the next checkpoint."""
         active = self._active.get((stored.info.number, index))
-        return active is not None and active.filled >= span.stop - index * CHUNK_BYTES
+        if active is None or active.filled < span.stop - active.span.start:
+            return None
+        return active.view[span.start - active.span.start : span.stop - active.span.start]
 
     def note_read(self, stored: StoredObject, span: ByteRange) -> None:
         """Tell of a read of a file that is not complete: what follows it is wanted soon."""
@@ -421,8 +423,14 @@ class Fetch:
         return None
 
     def _extend(self, stored: StoredObject, start: int, stop: int) -> _Run:
-        """Return a run from ``start`` over adjacent wanted chunks, shorter when little is left to share out."""
+        """Return a run from ``start`` over adjacent wanted chunks, shorter when little is left to share out.
+
+        Ahead of a reader whom we serve by copy, all runs together span no more than the buffers, so that
+        the reader finds the bytes there.
+        """
         longest = max(1, min(MAX_RUN_CHUNKS, (stop - start) // (2 * MAX_RUNS) + 1))
+        if stored.copied:
+            longest = 1
         end = start + 1
         while end < min(stop, start + longest) and self._wanted(stored, end):
             end += 1
@@ -437,6 +445,13 @@ class Fetch:
             None,
         )
 
+    def _take_buffer(self, *, demand: bool) -> mmap.mmap | None:
+        buffer = self._pool.take(demand=demand)
+        if buffer is None and (victim := self._reclaimable()):
+            self._forget(victim)
+            buffer = self._pool.take(demand=demand)
+        return buffer
+
     def _begin_chunk(self, run: _Run, index: int) -> _Active | None:
         """Give chunk ``index`` of ``run`` a buffer and make it active; ``None`` if there is no room for it."""
         key = (run.stored.info.number, index)
@@ -446,12 +461,10 @@ class Fetch:
         # A slow disk must not hold back readers: with half of the buffers waiting for it, demand is not stored.
         keep = not demand or self._writes < self._pool.capacity // 2
         reserved = keep and index not in run.stored.evicting and self._store.reserve(len(span), demand=demand)
-        if not reserved and not demand:
+        run.refused = not reserved and not demand
+        if run.refused:
             return None
-        buffer = self._pool.take(demand=demand)
-        if buffer is None and (victim := self._reclaimable()):
-            self._forget(victim)
-            buffer = self._pool.take(demand=demand)
+        buffer = self._take_buffer(demand=demand)
         if buffer is None:
             if reserved:
                 self._store.unreserve(len(span))
@@ -531,8 +544,8 @@ class Fetch:
             active = self._begin_chunk(run, index)
             if active is not None:
                 return active
-            if self._pool.used < self._pool.capacity - DEMAND_BUFFERS:
-                return None  # it was the store that had no room
+            if run.refused:
+                return None
             run.waiting_for_buffer = True
             with trio.move_on_after(1):
                 await self._progress_event().wait()
@@ -563,14 +576,19 @@ class Fetch:
         self._nursery.start_soon(self._persist, active, sums)
 
     async def _persist(self, active: _Active, sums: bytes) -> None:
+        """Write a complete chunk to the store.
+
+        Where readers copy from us, the bytes go around the page cache (a second copy in RAM that nobody would
+        read) and stay in the buffer until it is needed; else into it, where passthrough finds them.
+        """
         stored = active.stored
         size = len(active.span)
+        direct = stored.copied
         self._store.acquire(stored)
         try:
-            descriptor = self._store.descriptor(stored)
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(
-                    self._store.write_sync, stored, descriptor, active.index, active.view, limiter=self._write_limiter
+                    self._store.write_sync, stored, active.index, active.view, direct, limiter=self._write_limiter
                 )
         except OSError as error:
             active.reserved = False
@@ -582,11 +600,8 @@ class Fetch:
             self._writes -= 1
             active.writing = False
             self._store.release(stored)
-        if active.index in stored.chunks:
-            self._active.pop(active.key, None)
-            for waiter in active.waiters:
-                waiter.event.set()
-            self._free(active)
+        if active.index in stored.chunks and not direct and not active.refs:
+            self._forget(active)
         self._progressed.set()
         self._work.set()
 

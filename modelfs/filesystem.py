@@ -291,6 +291,7 @@ class DataPath:
         """See ``Handler.opened``."""
         stored = self._view.open[inode]
         stored.passed = mode == "passthrough"
+        stored.copied = not stored.passed
         if stored.passed:
             self._store.touch(stored, range(0))
 
@@ -298,7 +299,7 @@ class DataPath:
         """See ``Handler.released``."""
         stored = self._view.open.pop(inode, None)
         if stored is not None:
-            stored.passed = False
+            stored.passed = stored.copied = False
             if not self._prefetch.automatic:
                 self._fetch.drop_ahead(stored)
             self._store.release(stored)
@@ -319,7 +320,12 @@ class DataPath:
         self._store.touch(stored, indices)
         if not stored.complete:
             self._fetch.note_read(stored, span)
-        if not stored.missing(span):
+        held = [self._fetch.peek(stored, index, part) for index, part in split(span)]
+        views = [view for view in held if view is not None]
+        if len(views) == len(held):
+            reply.data(views)
+            self._count("memory", span)
+        elif not stored.missing(span):
             self._read_from_store(stored, span, reply)
         else:
             assert self._nursery is not None
@@ -366,8 +372,7 @@ class DataPath:
         """Finish a read from the store on the loop; a failed one is fetched instead."""
         self._store.unpin(stored, pinned)
         if failure is None:
-            self._tier_bytes["store"].inc(len(span))
-            self._tier_reads["store"].inc()
+            self._count("store", span)
         elif reply.done:
             log.warning("a reply to the kernel failed: %s", failure)
         else:
@@ -405,7 +410,7 @@ class DataPath:
         pieces = split(span)
         waited = False
         for index, part in pieces:
-            waited = waited or not self._fetch.in_memory(stored, index, part)
+            waited = waited or self._fetch.peek(stored, index, part) is None
             view = await self._fetch.obtain(stored, index, part)
             if view is None and len(pieces) == 1:
                 self._read_from_store(stored, span, reply)
@@ -418,9 +423,7 @@ class DataPath:
             # The engine's view is good until the next checkpoint; only a single part needs no copy.
             parts.append(view if len(pieces) == 1 else bytes(view))
         reply.data(parts)
-        tier = "origin" if waited else "memory"
-        self._tier_bytes[tier].inc(len(span))
-        self._tier_reads[tier].inc()
+        self._count("origin" if waited else "memory", span)
 
     async def _part_from_store(self, stored: StoredObject, part: ByteRange) -> memoryview | None:
         if stored.missing(part):
@@ -438,6 +441,10 @@ class DataPath:
             self._store.unpin(stored, pinned)
         await self._store.discard(stored, chunks_of(part).start, str(failure))
         return None
+
+    def _count(self, tier: str, span: ByteRange) -> None:
+        self._tier_bytes[tier].inc(len(span))
+        self._tier_reads[tier].inc()
 
     def _warn(self, error: ModelfsError) -> None:
         if time.monotonic() - self._warned > _WARN_SECONDS:

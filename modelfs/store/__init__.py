@@ -62,13 +62,15 @@ class StoredObject:
     """The store's view of one object version.
 
     ``chunks`` is in order of last use once the object is open. ``users`` counts opens and downloads;
-    ``passed`` says that the kernel reads the file without us, so that no hole may be punched.
+    ``passed`` says that the kernel reads the file without us, so that no hole may be punched; ``copied`` that
+    it is open and its readers get their bytes through us.
     """
 
     info: ObjectInfo
     chunks: OrderedDict[int, Chunk]
     users: int = 0
     passed: bool = False
+    copied: bool = False
     descriptor: int = -1
     evicting: set[int] = field(default_factory=set)
     resident_bytes: int = 0
@@ -335,9 +337,14 @@ class Store:
         """Give a reservation back."""
         self.reserved_bytes -= size
 
-    def write_sync(self, stored: StoredObject, descriptor: int, index: int, data: memoryview) -> None:
-        """Write a chunk's bytes; a full or broken disk raises ``OSError``. Called in a worker thread."""
-        files.write_at(descriptor, data, stored.info.chunk_range(index).start)
+    def write_sync(self, stored: StoredObject, index: int, data: memoryview, direct: bool) -> None:
+        """Write a chunk's bytes, around the page cache if ``direct``. Called in a worker thread.
+
+        Raises:
+            OSError: The disk is full or broken.
+        """
+        path = files.data_path(self.data_directory, stored.info.number)
+        files.write_chunk(path, stored.info.size, data, stored.info.chunk_range(index).start, direct=direct)
 
     def added(self, stored: StoredObject, index: int, sums: bytes) -> None:
         """Take a written, reserved chunk as resident; it is served from now on and recorded soon."""

@@ -157,6 +157,7 @@ class Fetch:
         budget_bytes: Memory for buffers.
         whole_files: Whether a read makes the rest of its file wanted (prefetch is on).
         on_changed: Called with the object that turned out to have another version.
+        max_runs: Downloads at once.
     """
 
     def __init__(
@@ -168,6 +169,7 @@ class Fetch:
         budget_bytes: int,
         whole_files: bool,
         on_changed: Callable[[ObjectInfo], None],
+        max_runs: int = MAX_RUNS,
     ) -> None:
         self._store = store
         self._origins = origins
@@ -189,7 +191,8 @@ class Fetch:
         self._plan_failures = 0
         self._plan_resume = 0.0
         self._write_limiter = trio.CapacityLimiter(2)
-        self._run_limiter = trio.CapacityLimiter(MAX_RUNS)
+        self._max_runs = max_runs
+        self._run_limiter = trio.CapacityLimiter(max_runs)
         self._progressed = trio.Event()
         self._nursery: trio.Nursery | None = None
         self.closing = False
@@ -360,7 +363,7 @@ class Fetch:
     def _dispatch(self) -> None:
         """Start runs while there is work, a free connection and a buffer."""
         assert self._nursery is not None
-        while len(self._runs) < MAX_RUNS:
+        while len(self._runs) < self._max_runs:
             run = self._next_run()
             if run is None:
                 return
@@ -428,7 +431,7 @@ class Fetch:
         Ahead of a reader whom we serve by copy, all runs together span no more than the buffers, so that
         the reader finds the bytes there.
         """
-        longest = max(1, min(MAX_RUN_CHUNKS, (stop - start) // (2 * MAX_RUNS) + 1))
+        longest = max(1, min(MAX_RUN_CHUNKS, (stop - start) // (2 * self._max_runs) + 1))
         if stored.copied:
             longest = 1
         end = start + 1

@@ -42,8 +42,8 @@ PREPARE_SECONDS = 120.0
 """Longest time from the worker's start to ``serving``, listings of large prefixes included."""
 STOP_SECONDS = 3.0
 """Time a worker gets to commit and leave; the whole unmount stays under 5 s."""
-_RESTART_PAUSES = (0.0, 0.2, 1.0, 2.0, 5.0)
-_STABLE_SECONDS = 60.0
+_RESTART_PAUSES = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0)
+_STABLE_SECONDS = 10.0
 """A worker that lived this long starts the pauses from the beginning."""
 _STALE_PROBE_SECONDS = 2.0
 _MESSAGE_BYTES = 1024 * 1024
@@ -109,17 +109,17 @@ def check_mountpoint(mountpoint: str) -> None:
 
 
 def _probe(path: str) -> int:
-    """Return 0 if ``path`` answers, its errno if not, ``ETIMEDOUT`` after two seconds; never hangs."""
+    """Return 0 if the mount at ``path`` answers, its errno if not, ``ETIMEDOUT`` after two seconds; never hangs."""
     outcome = [errno.ETIMEDOUT]
 
-    def stat() -> None:
+    def ask() -> None:
         try:
-            os.stat(path)
+            os.statvfs(path)  # unlike stat, never answered from the kernel's cache
             outcome[0] = 0
         except OSError as error:
             outcome[0] = error.errno or errno.EIO
 
-    thread = threading.Thread(target=stat, daemon=True)
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_STALE_PROBE_SECONDS)
     return outcome[0]
@@ -203,6 +203,7 @@ class Supervisor:
         """
         self._take_signals()
         _set_oom_score(-900)
+        quick_ends = 0
         try:
             while True:
                 began = time.monotonic()
@@ -211,9 +212,8 @@ class Supervisor:
                     return 0
                 if not self._announced:
                     raise WorkerFailedError(f"the worker ended before the mount answered ({outcome}), see above", 1)
-                if time.monotonic() - began > _STABLE_SECONDS:
-                    self._starts = 1
-                pause = _RESTART_PAUSES[min(self._starts - 1, len(_RESTART_PAUSES) - 1)]
+                quick_ends = 0 if time.monotonic() - began > _STABLE_SECONDS else quick_ends + 1
+                pause = _RESTART_PAUSES[min(quick_ends, len(_RESTART_PAUSES) - 1)]
                 log.error("worker ended (%s), starting it again in %.1f s; the mount stays", outcome, pause)
                 self._sleep(pause)
                 if not self._agreed.resend:

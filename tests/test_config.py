@@ -1,0 +1,149 @@
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modelfs import config
+from modelfs.errors import ConfigError, MountpointError
+
+
+def build(sources=("s3://bucket/p",), mountpoint="/mnt/x", flags=None, env=None, path=None):
+    return config.build(list(sources), mountpoint, flags or {}, env or {}, path)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("200GiB", 200 * 2**30), ("1.5TB", 1500 * 10**9), ("4096", 4096), ("10k", 10_000), ("1MiB", 2**20), ("7b", 7)],
+)
+def test_sizes(text, expected):
+    assert config.parse_size(text).of(0) == expected
+
+
+def test_share_is_of_the_total():
+    assert config.parse_size("80%").of(1000) == 800
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "12XB", "0%", "101%", "1e3"])
+def test_bad_sizes(text):
+    with pytest.raises(ValueError, match="expected|percentage"):
+        config.parse_size(text)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("5m", 300), ("1h", 3600), ("500ms", 0.5), ("off", 0)])
+def test_durations(text, seconds):
+    assert config.parse_seconds(text) == seconds
+
+
+def test_source_forms():
+    assert config.parse_source("s3://bucket") == config.Source("bucket", "")
+    assert config.parse_source("llama=s3://bucket/a/b") == config.Source("bucket", "a/b/", "llama")
+
+
+@pytest.mark.parametrize("text", ["bucket/x", "gs://bucket/x", "s3://", "s3://B!/x", "..=s3://bucket/x", ""])
+def test_bad_sources_name_themselves(text):
+    with pytest.raises(ConfigError) as caught:
+        config.parse_source(text)
+    assert f"'{text}'" in str(caught.value) or "'..'" in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_several_sources_get_directories():
+    named = build(sources=["s3://bucket/llama/8b/", "q=s3://bucket/qwen"]).sources
+    assert [source.name for source in named] == ["8b", "q"]
+
+
+def test_two_sources_of_one_name_are_refused():
+    with pytest.raises(ConfigError, match="both be the directory 'x'"):
+        build(sources=["s3://bucket/x", "s3://other/x"])
+
+
+def test_flag_beats_environment_beats_file_beats_default(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text('region = "file"\nprofile = "file"\nendpoint_url = "http://file"\n')
+    made = build(flags={"region": "flag"}, env={"MODELFS_REGION": "env", "MODELFS_PROFILE": "env"}, path=str(file))
+    assert (made.origin.region, made.origin.profile, made.origin.endpoint_url) == ("flag", "env", "http://file")
+    assert made.tree.refresh == 300
+
+
+def test_every_option_can_be_written_in_toml(tmp_path):
+    samples = {
+        "endpoint_url": '"http://h"', "addressing": '"path"', "cache_size": '"10GiB"', "min_free": '"1%"', "uid": "7",
+        "gid": "7", "umask": '"077"', "refresh": '"1m"', "max_memory": '"64MiB"', "prefetch": '"all"', "admin": '"off"',
+        "log_level": '"debug"', "log_format": '"json"', "include": '["*.json", "*.gguf"]', "exclude": '["a"]',
+    }  # fmt: skip
+    lines = []
+    for option in config.options():
+        lines.append(
+            f"{option.name} = {'true' if option.is_switch else samples.get(option.name, chr(34) + 'x' + chr(34))}"
+        )
+    file = tmp_path / "c.toml"
+    file.write_text('sources = ["s3://bucket/p"]\nmountpoint = "/m"\n' + "\n".join(lines))
+    made = config.build([], None, {}, {}, str(file))
+    assert made.tree.include == ("*.json", "*.gguf")
+    assert made.tree.umask == 0o077
+    for option in config.options():
+        assert getattr(getattr(made, option.section), option.name) != option.default, option.name
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("region = \n", "line 1"),
+        ('\n\nregoin = "x"\n', "line 3: unknown or malformed key 'regoin': did you mean 'region'?"),
+        ('region = "a"\ncache-size = "much"\n', "line 2: bad value 'much'"),
+        ("uid = [1]\n", "line 1: uid has the wrong type"),
+        ("sources = [1]\n", "line 1: unknown or malformed key 'sources'"),
+    ],
+)
+def test_bad_toml_names_the_line(tmp_path, text, words):
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        build(path=str(file))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@given(st.text(max_size=200))
+def test_any_toml_text_gives_a_configuration_or_one_line(tmp_path_factory, text):
+    file = tmp_path_factory.mktemp("t") / "c.toml"
+    file.write_text(text, encoding="utf-8", errors="surrogatepass")
+    try:
+        build(path=str(file))
+    except (ConfigError, MountpointError) as error:
+        assert "\n" not in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"cache_size": "1MiB"}, "smaller than one chunk"),
+        ({"max_memory": "1MiB"}, "fewer than four chunks"),
+        ({"endpoint_url": "localhost:9000"}, "not an http"),
+        ({"admin": "localhost"}, "IP address and a port"),
+        ({"uid": "root"}, "whole number"),
+    ],
+)
+def test_bad_values(flags, words):
+    with pytest.raises(ConfigError, match=words):
+        build(flags=flags)
+
+
+def test_mountpoint_with_whitespace_is_refused():
+    with pytest.raises(MountpointError, match="space"):
+        build(mountpoint="/mnt/a b")
+
+
+def test_configuration_survives_the_way_to_the_worker():
+    made = build(flags={"include": "*.json,x/*", "cache_size": "10GiB", "max_memory": "10%"})
+    assert config.Config.from_json(made.to_json()) == made
+
+
+def test_every_option_has_help_and_a_name_of_its_own():
+    names = [option.name for option in config.options()]
+    assert len(names) == len(set(names))
+    assert all(option.help for option in config.options())
+    assert {field.name for field in dataclasses.fields(config.Config)} >= {
+        option.section for option in config.options()
+    }

@@ -1,0 +1,261 @@
+import random
+import threading
+
+import pytest
+import trio
+
+from modelfs.chunks import CHUNK_BYTES, MIB, ByteRange, split
+from modelfs.config import Size, StoreConfig
+from modelfs.errors import ObjectChangedError, OriginError, TransientOriginError
+from modelfs.eviction import Eviction
+from modelfs.fetch import Fetch, PlanItem
+from modelfs.metrics import Metrics
+from modelfs.store import Store
+from tests.support.fake_origin import FakeOrigin
+
+BUDGET = 8 * CHUNK_BYTES
+
+
+class Engine:
+    """A fetch engine with store and eviction on a fake origin."""
+
+    def __init__(self, path, nursery, *, limit=1 << 30, whole_files=False, max_runs=16):
+        self.metrics = Metrics()
+        self.origin = FakeOrigin()
+        self.changed = []
+        config = StoreConfig(str(path), Size(bytes=limit), Size(bytes=0))
+        self.store = Store(config=config, metrics=self.metrics, holder="test", budget=BUDGET)
+        self.fetch = Fetch(
+            store=self.store,
+            origins={self.origin.name: self.origin},
+            metrics=self.metrics,
+            budget_bytes=BUDGET,
+            whole_files=whole_files,
+            on_changed=self.changed.append,
+            max_runs=max_runs,
+        )
+        self.eviction = Eviction(store=self.store, on_room=self.fetch.poke)
+        self.nursery = nursery
+
+    async def start(self):
+        for part in (self.store, self.fetch, self.eviction):
+            await self.nursery.start(part.run)
+
+    async def read(self, stored, span):
+        out = bytearray()
+        with self.store.using(stored):
+            for index, part in split(span):
+                while True:
+                    view = await self.fetch.obtain(stored, index, part)
+                    if view is not None:
+                        out += view
+                        break
+                    if stored.missing(part):
+                        continue
+                    pinned = self.store.pin(stored, part)
+                    target = memoryview(bytearray(len(part)))
+                    try:
+                        descriptor = self.store.descriptor(stored)
+                        await trio.to_thread.run_sync(self.store.read_sync, stored, descriptor, pinned, part, target)
+                    finally:
+                        self.store.unpin(stored, pinned)
+                    out += target
+                    break
+        return bytes(out)
+
+    async def settle(self):
+        with trio.fail_after(20):
+            while not self.fetch.idle:
+                await trio.sleep(0.01)
+
+
+@pytest.fixture
+async def engine(tmp_path, nursery):
+    made = []
+
+    async def make(**options):
+        engine = Engine(tmp_path / str(len(made)), nursery, **options)
+        made.append(engine)
+        await engine.start()
+        return engine
+
+    yield make
+    nursery.cancel_scope.cancel()
+
+
+def some_bytes(size, seed=0):
+    return random.Random(seed).randbytes(size)
+
+
+async def test_twenty_readers_of_one_chunk_cost_one_request(engine):
+    made = await engine()
+    data = some_bytes(CHUNK_BYTES)
+    stored = made.store.object(made.origin.put("k", data))
+    answers = []
+
+    async def reader(number):
+        span = ByteRange(number * 1000, number * 1000 + 500)
+        answers.append(await made.read(stored, span) == data[span.start : span.stop])
+
+    async with trio.open_nursery() as readers:
+        for number in range(20):
+            readers.start_soon(reader, number)
+    assert answers == [True] * 20
+    assert made.origin.requests == [("k", ByteRange(0, CHUNK_BYTES))]
+
+
+async def test_reader_is_answered_before_the_get_ends(engine):
+    made = await engine()
+    data = some_bytes(CHUNK_BYTES)
+    stored = made.store.object(made.origin.put("k", data))
+    go_on = threading.Event()
+
+    def hold(key, position):
+        if position >= 2 * MIB:
+            assert go_on.wait(20)
+
+    made.origin.fault = hold
+    with trio.fail_after(10):
+        assert await made.read(stored, ByteRange(10, MIB)) == data[10:MIB]
+        assert not stored.chunks
+    go_on.set()
+    await made.settle()
+    assert stored.complete
+
+
+async def test_plan_order_and_demand_overtakes(engine):
+    made = await engine(max_runs=1)
+    first, second, late = (made.origin.put(key, some_bytes(CHUNK_BYTES, key)) for key in ("first", "second", "late"))
+    whole = ByteRange(0, CHUNK_BYTES)
+    made.fetch.submit([PlanItem(second, whole)], 2)
+    made.fetch.submit([PlanItem(first, whole)], 1)
+    await made.read(made.store.object(late), whole)
+    await made.settle()
+    assert [key for key, _ in made.origin.requests] == ["late", "first", "second"]
+
+
+async def test_a_read_promotes_the_rest_of_its_file(engine):
+    made = await engine(whole_files=True)
+    data = some_bytes(5 * CHUNK_BYTES)
+    stored = made.store.object(made.origin.put("k", data))
+    made.fetch.note_read(stored, ByteRange(0, 1))
+    assert await made.read(stored, ByteRange(0, 1)) == data[:1]
+    await made.settle()
+    with trio.fail_after(5):
+        while not stored.complete:
+            await trio.sleep(0.01)
+    covered = sorted((span.start, span.stop) for _, span in made.origin.requests)
+    assert sum(stop - start for start, stop in covered) == len(data)
+
+
+async def test_transient_failure_is_tried_again_and_a_lasting_one_reported(engine):
+    made = await engine()
+    data = some_bytes(100)
+    stored = made.store.object(made.origin.put("k", data))
+    failures = iter([TransientOriginError("reset"), TransientOriginError("reset"), None])
+
+    def fail(key, position):
+        error = next(failures)
+        if error:
+            raise error
+
+    made.origin.fault = fail
+    assert await made.read(stored, ByteRange(0, 100)) == data
+    other = made.store.object(made.origin.put("other", data))
+
+    def refuse(key, position):
+        raise OriginError("refused")
+
+    made.origin.fault = refuse
+    with pytest.raises(OriginError, match="refused"):
+        await made.read(other, ByteRange(0, 100))
+
+
+async def test_overwritten_object_is_stale_and_reported(engine):
+    made = await engine()
+    old = made.origin.put("k", some_bytes(10))
+    made.origin.put("k", some_bytes(10, 1))
+    with pytest.raises(ObjectChangedError):
+        await made.read(made.store.object(old), ByteRange(0, 10))
+    assert made.changed == [old]
+
+
+async def test_full_disk_serves_from_memory(engine, monkeypatch):
+    made = await engine()
+    data = some_bytes(2 * CHUNK_BYTES)
+    stored = made.store.object(made.origin.put("k", data))
+
+    def no_space(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(made.store, "write_sync", no_space)
+    assert await made.read(stored, ByteRange(0, len(data))) == data
+    assert await made.read(stored, ByteRange(5, 500)) == data[5:500]
+    await made.settle()
+    assert made.metrics.registry.get_sample_value("modelfs_store_skipped_chunks_total", {"reason": "disk_full"}) == 2
+    assert made.store.reserved_bytes == 0
+
+
+async def test_object_larger_than_the_cache_streams_through(engine):
+    limit = 6 * CHUNK_BYTES
+    made = await engine(limit=limit, whole_files=True)
+    data = some_bytes(20 * CHUNK_BYTES)
+    stored = made.store.object(made.origin.put("k", data))
+    for start in range(0, len(data), MIB):
+        span = ByteRange(start, start + MIB)
+        made.fetch.note_read(stored, span)
+        assert await made.read(stored, span) == data[start : span.stop]
+        assert made.store.resident_bytes + made.store.reserved_bytes <= limit + BUDGET
+    received = sum(len(span) for _, span in made.origin.requests)
+    assert received <= 1.3 * len(data)
+
+
+async def test_random_readers_under_eviction_see_only_right_bytes(engine):
+    """Many interleavings: latencies are drawn per piece, the cap is a third of the data."""
+    made = await engine(limit=5 * CHUNK_BYTES)
+    rng = random.Random(5)
+    files = {
+        key: some_bytes(size, key) for key, size in (("a", 6 * CHUNK_BYTES + 3), ("b", 7 * CHUNK_BYTES), ("c", 100))
+    }
+    stored = {key: made.store.object(made.origin.put(key, data)) for key, data in files.items()}
+    wrong = []
+
+    async def reader(seed):
+        mine = random.Random(seed)
+        for _ in range(40):
+            key = mine.choice("abc")
+            start = mine.randrange(len(files[key]))
+            span = ByteRange(start, min(len(files[key]), start + mine.randrange(1, MIB)))
+            made.fetch.note_read(stored[key], span)
+            if await made.read(stored[key], span) != files[key][span.start : span.stop]:
+                wrong.append((key, span))
+            if mine.random() < 0.1:
+                await trio.sleep(mine.random() / 100)
+
+    def jitter(key, position):
+        if rng.random() < 0.02:
+            raise TransientOriginError("drawn")
+
+    made.origin.fault = jitter
+    with trio.fail_after(100):
+        async with trio.open_nursery() as readers:
+            for seed in range(8):
+                readers.start_soon(reader, seed)
+    assert not wrong
+    await made.settle()
+    assert made.store.reserved_bytes == 0
+
+
+async def test_cancelled_reader_leaves_nothing_behind(engine):
+    made = await engine()
+    data = some_bytes(CHUNK_BYTES)
+    stored = made.store.object(made.origin.put("k", data))
+    gate = threading.Event()
+    made.origin.fault = lambda key, position: gate.wait(20) and None
+    with trio.move_on_after(0.1):
+        await made.read(stored, ByteRange(0, 10))
+    gate.set()
+    assert await made.read(stored, ByteRange(0, 10)) == data[:10]
+    await made.settle()
+    assert len(made.origin.requests) == 1
+    assert made.fetch.statistics()["buffers_used"] == 0

@@ -1,0 +1,142 @@
+"""What every origin must do, on real servers and on the fake one."""
+
+import pytest
+
+from modelfs.chunks import ByteRange, ObjectInfo
+from modelfs.config import OriginConfig
+from modelfs.errors import (
+    AccessDeniedError,
+    BucketNotFoundError,
+    ConfigError,
+    EndpointUnreachableError,
+    NoCredentialsError,
+    ObjectChangedError,
+    ObjectNotFoundError,
+)
+from modelfs.metrics import Metrics
+from modelfs.origins.s3 import S3Origin
+
+
+class Collect:
+    """A sink that keeps the bytes."""
+
+    def __init__(self, limit=1000):
+        self.data = bytearray()
+        self._buffer = memoryview(bytearray(limit))
+
+    def space(self):
+        return self._buffer
+
+    def advance(self, count):
+        self.data += self._buffer[:count]
+
+    def connected(self, abort):
+        assert callable(abort)
+
+
+@pytest.fixture
+def setting(any_store, new_bucket, monkeypatch):
+    for name, value in any_store.environment().items():
+        monkeypatch.setenv(name, value)
+    return new_bucket(any_store)
+
+
+def origin(bucket_name, **config):
+    return S3Origin(bucket=bucket_name, config=OriginConfig(**config), metrics=Metrics())
+
+
+def listed(setting, key) -> ObjectInfo:
+    return next(info for info in origin(setting.name).list(key) if info.id.key == key)
+
+
+def get(setting, info, start, stop):
+    sink = Collect()
+    origin(setting.name).read_into(info, ByteRange(start, stop), sink)
+    return bytes(sink.data)
+
+
+def test_list_gives_every_key_with_size_and_version(setting):
+    keys = {"p/a b", "p/ä/模型", "p/plus+%25", "p/q?x=1&y", "p/deep/er/f", "q/other"}
+    for key in keys:
+        setting.put(key, key.encode())
+    found = list(origin(setting.name).list("p/"))
+    assert {info.id.key for info in found} == keys - {"q/other"}
+    assert all(info.size == len(info.id.key.encode()) and info.id.version and info.mtime_ns for info in found)
+
+
+def test_listing_goes_over_pages(setting):
+    for number in range(1050):
+        setting.put(f"n/{number:04}", b"")
+    assert len(list(origin(setting.name).list("n/"))) == 1050
+
+
+def test_ranges_are_exact(setting):
+    data = setting.put("k", bytes(range(256)) * 40)
+    info = listed(setting, "k")
+    for start, stop in [(0, 1), (0, len(data)), (len(data) - 1, len(data)), (100, 5000)]:
+        assert get(setting, info, start, stop) == data[start:stop]
+
+
+def test_overwritten_object_never_gives_a_byte(setting):
+    setting.put("k", b"old version")
+    info = listed(setting, "k")
+    setting.put("k", b"new version")
+    with pytest.raises(ObjectChangedError, match="overwritten"):
+        get(setting, info, 0, 3)
+
+
+def test_deleted_object(setting):
+    setting.put("k", b"data")
+    info = listed(setting, "k")
+    setting.client.delete_object(Bucket=setting.name, Key="k")
+    with pytest.raises((ObjectNotFoundError, ObjectChangedError)):
+        get(setting, info, 0, 3)
+
+
+def test_missing_bucket(setting):
+    with pytest.raises(BucketNotFoundError, match="bucket 'no-such-bucket-1' does not exist"):
+        list(origin("no-such-bucket-1").list(""))
+
+
+def test_wrong_secret(setting, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "CANARYSECRET")
+    with pytest.raises(AccessDeniedError, match="denied") as caught:
+        list(origin(setting.name).list(""))
+    assert "CANARY" not in str(caught.value)
+
+
+def test_no_credentials(setting, monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(NoCredentialsError, match="AWS_ACCESS_KEY_ID"):
+        list(origin(setting.name).list(""))
+
+
+def test_anonymous_access_to_a_private_bucket_is_denied(setting):
+    with pytest.raises(AccessDeniedError):
+        list(origin(setting.name, no_sign_request=True).list(""))
+
+
+def test_refused_endpoint(setting):
+    with pytest.raises(EndpointUnreachableError, match="127.0.0.1:9"):
+        list(origin(setting.name, endpoint_url="http://127.0.0.1:9").list(""))
+
+
+def test_unknown_profile(setting):
+    with pytest.raises(ConfigError, match="profile 'nobody'"):
+        origin(setting.name, profile="nobody")
+
+
+def test_rewritten_credentials_file_needs_no_restart(setting, any_store, monkeypatch, tmp_path):
+    """A key that has been replaced is read again from the file after the first refusal."""
+    file = tmp_path / "credentials"
+    text = "[default]\naws_access_key_id = {}\naws_secret_access_key = {}\n"
+    file.write_text(text.format(any_store.access_key, "expired"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    setting.put("k", b"data")
+    made = origin(setting.name)
+    made._client_made -= 10
+    file.write_text(text.format(any_store.access_key, any_store.secret_key))
+    assert [info.id.key for info in made.list("")] == ["k"]

@@ -7,6 +7,7 @@ away, and refreshes afterwards.
 """
 
 import contextlib
+import dataclasses
 import faulthandler
 import json
 import logging
@@ -15,7 +16,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,7 @@ class Worker:
                 eviction = Eviction(store=self._store, on_room=self._fetch.poke)
                 await nursery.start(eviction.run)
                 await nursery.start(self._prefetch.run)
-                await nursery.start(self._admin(tuning).run)
+                await nursery.start(self._admin(lambda: dataclasses.replace(tuning, passthrough=front.passthrough)).run)
                 nursery.start_soon(self._run_namespace)
                 if self._start["mounted"] and connect["resend"]:
                     os.write(descriptor, protocol.resend_notification())
@@ -259,7 +260,7 @@ class Worker:
         finally:
             pyfuse3.close(unmount=False)
 
-    def _admin(self, tuning: Tuning) -> Admin:
+    def _admin(self, tuning: Callable[[], Tuning]) -> Admin:
         status = Status(
             config=self._config,
             tuning=tuning,

@@ -28,7 +28,7 @@ class Status:
 
     Args:
         config: What was asked for.
-        tuning: What the kernel gave.
+        tuning: Returns what the kernel gives now.
         tree: Returns the current tree.
         store: The store.
         fetch: The engine.
@@ -42,7 +42,7 @@ class Status:
         self,
         *,
         config: Config,
-        tuning: Tuning,
+        tuning: Callable[[], Tuning],
         tree: Callable[[], Tree],
         store: Store,
         fetch: Fetch,
@@ -91,7 +91,7 @@ class Status:
 
     def overview(self) -> dict[str, Any]:
         """Return the document of /v1/status."""
-        store, rate = self._store, self.rate()
+        store, rate, tuning = self._store, self.rate(), self._tuning()
         reads = {
             tier: _value(self._metrics.registry, "modelfs_reads_total", tier=tier)
             for tier in ("memory", "store", "origin")
@@ -104,11 +104,11 @@ class Status:
             "uptime_seconds": round(time.monotonic() - self._began, 1),
             "worker_starts": self._starts,
             "kernel": {
-                "read_ahead_kib": self._tuning.read_ahead_kib,
-                "max_background": self._tuning.max_background,
-                "passthrough": self._tuning.passthrough,
-                "resend": self._tuning.resend,
-                "hints": self._tuning.hints(),
+                "read_ahead_kib": tuning.read_ahead_kib,
+                "max_background": tuning.max_background,
+                "passthrough": tuning.passthrough,
+                "resend": tuning.resend,
+                "hints": tuning.hints(),
             },
             "cache": {
                 "directory": str(store.directory),

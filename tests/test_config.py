@@ -72,11 +72,11 @@ def test_every_option_can_be_written_in_toml(tmp_path):
         "gid": "7", "umask": '"077"', "refresh": '"1m"', "max_memory": '"64MiB"', "prefetch": '"all"', "admin": '"off"',
         "log_level": '"debug"', "log_format": '"json"', "include": '["*.json", "*.gguf"]', "exclude": '["a"]',
     }  # fmt: skip
-    lines = []
-    for option in config.options():
-        lines.append(
-            f"{option.name} = {'true' if option.is_switch else samples.get(option.name, chr(34) + 'x' + chr(34))}"
-        )
+    unset = '"x"'
+    lines = [
+        f"{option.name} = {'true' if option.is_switch else samples.get(option.name, unset)}"
+        for option in config.options()
+    ]
     file = tmp_path / "c.toml"
     file.write_text('sources = ["s3://bucket/p"]\nmountpoint = "/m"\n' + "\n".join(lines))
     made = config.build([], None, {}, {}, str(file))

@@ -98,9 +98,11 @@ def test_index_parsing():
         assert parse_index(bad) is None
 
 
-@given(st.binary(max_size=300) | st.recursive(st.none() | st.text(), lambda inner: st.dictionaries(st.text(), inner)).map(
-    lambda value: json.dumps({"weight_map": value}).encode()
-))  # fmt: skip
+TREES = st.recursive(st.none() | st.text(), lambda inner: st.dictionaries(st.text(), inner))
+INDEXES = TREES.map(lambda value: json.dumps({"weight_map": value}).encode())
+
+
+@given(st.binary(max_size=300) | INDEXES)
 def test_any_index_is_a_set_of_names_or_nothing(data):
     found = parse_index(data)
     assert found is None or all(isinstance(name, str) for name in found)

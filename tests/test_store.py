@@ -1,5 +1,6 @@
 import os
 import random
+import tempfile
 
 import pytest
 import trio
@@ -222,8 +223,6 @@ class StoreMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        import tempfile
-
         self.home = tempfile.TemporaryDirectory()
         self.items = [info(f"o{n}", size) for n, size in enumerate((1, CHUNK_BYTES, 2 * CHUNK_BYTES + 7))]
         self.store = open_store(self.home.name, self.LIMIT, budget=CHUNK_BYTES)

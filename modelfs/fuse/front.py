@@ -153,6 +153,7 @@ class Front:
         """Serve until the file system is unmounted or the connection aborted."""
         for inode in self._opens.inodes():
             self._handler.open(inode)  # opened through a worker before this one
+            self._handler.opened(inode, "passthrough" if self._opens.get(inode).passed else "cached")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._copy_namespace_replies)
             nursery.start_soon(self._drain_backlog)

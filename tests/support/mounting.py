@@ -1,5 +1,6 @@
 """Real mounts for tests: the program in a subprocess, the kernel, and the control socket."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -31,7 +32,8 @@ class Mounted:
     ):
         self.path = root / "mnt"
         self.cache = root / "cache"
-        self.path.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # or a dead mount, which a second mount clears
+            os.mkdir(self.path)
         self._log_path = root / "log"
         self.environment = {**os.environ, **store.environment(), **(env or {})}
         defaults = [] if "--admin" in options else ["--admin", "off"]

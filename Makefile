@@ -1,0 +1,68 @@
+# Every target does its own set-up; nothing but Python >= 3.11 (and apt) is needed beforehand.
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+PYTHON ?= python3
+UV := .venv-tools/bin/uv
+export UV_PYTHON := $(PYTHON)
+export UV_PYTHON_DOWNLOADS := never
+export MODELFS_MINISTACK := $(CURDIR)/.venv-ministack/bin/ministack
+BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev pkg-config libfuse3-dev fuse3
+TEST_PACKAGES := radosgw ceph-osd ceph-mon ceph-common util-linux procps
+
+.PHONY: help setup servers demo test check format bench test-engines clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 16
+
+$(UV):
+	@.ci/system-packages $(BUILD_PACKAGES)
+	@$(PYTHON) -m venv .venv-tools
+	@.venv-tools/bin/python -m pip install --quiet --disable-pip-version-check uv
+
+.venv/.ready: pyproject.toml uv.lock | $(UV)
+	@.ci/system-packages $(BUILD_PACKAGES)
+	@$(UV) sync --quiet --locked
+	@touch $@
+
+.venv-ministack/.ready: tests/ministack.txt | $(UV)
+	@$(UV) venv --quiet --clear .venv-ministack
+	@$(UV) pip install --quiet --python .venv-ministack/bin/python -r tests/ministack.txt
+	@touch $@
+
+setup: .venv/.ready ## make .venv with modelfs and its tools
+
+servers: .venv-ministack/.ready # object stores for tests and benchmarks
+	@.ci/system-packages $(TEST_PACKAGES)
+
+demo: .venv/.ready .venv-ministack/.ready ## mount a model from an embedded object store and time it
+	@.venv/bin/modelfs demo
+
+test: .venv/.ready servers ## run the tests (real mounts, real S3 servers on loopback)
+	@.venv/bin/pytest -m "not engines"
+
+check: .venv/.ready ## formatting, lint, types, layers
+	@.venv/bin/ruff format --check --quiet .
+	@.venv/bin/ruff check --quiet .
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports --no-cache
+
+format: .venv/.ready ## format and mend what ruff can mend
+	@.venv/bin/ruff format --quiet .
+	@.venv/bin/ruff check --quiet --fix .
+
+bench: .venv/.ready servers ## medians and ratios beside s5cmd and the local file system
+	@.ci/system-packages $(TEST_PACKAGES)
+	@.venv/bin/python -m bench.reads
+
+.venv-engines/.ready: tests/engines/requirements.txt
+	@.ci/system-packages python3-venv gcc libc6-dev libnuma1
+	@test -x .venv-engines/bin/python || $(PYTHON) -m venv .venv-engines
+	@.venv-engines/bin/python -m pip install --quiet --disable-pip-version-check -r tests/engines/requirements.txt
+	@.venv-engines/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-engines: .venv/.ready servers .venv-engines/.ready ## real engines read from the mount (heavy: gigabytes to install)
+	@MODELFS_ENGINE_PYTHON=$(CURDIR)/.venv-engines/bin/python .venv/bin/pytest -m engines tests/engines
+
+clean: ## remove everything the other targets made
+	rm -rf .venv .venv-tools .venv-ministack .venv-engines .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results

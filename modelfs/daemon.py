@@ -267,7 +267,6 @@ class Worker:
             tree=lambda: self._view.tree,
             store=self._store,
             fetch=self._fetch,
-            prefetch=self._prefetch,
             metrics=self._metrics,
             starts=self._start["starts"],
             supervisor_pid=self._start["supervisor_pid"],
@@ -277,9 +276,9 @@ class Worker:
             paths = data.get("paths")
             if command == "warm" and isinstance(paths, list) and all(isinstance(path, str) for path in paths):
                 return status.warm(paths)
-            if command == "refresh":
-                self._refresh_wanted.set()
-                return {}
+            path = data.get("path")
+            if command == "want" and isinstance(path, str):
+                return status.want(path)
             return None
 
         answers = Answers(

@@ -14,7 +14,7 @@ from modelfs.config import Config
 from modelfs.fetch import Fetch, PlanItem
 from modelfs.fuse.tuning import Tuning
 from modelfs.metrics import Metrics
-from modelfs.prefetch import RANK_SMALL, SMALL_BYTES, Prefetch, ends, is_weights, wanted_files
+from modelfs.prefetch import RANK_SMALL, SMALL_BYTES, ends, is_weights, plan, wanted_files
 from modelfs.store import Store
 from modelfs.tree import Directory, File, Tree
 
@@ -32,7 +32,6 @@ class Status:
         tree: Returns the current tree.
         store: The store.
         fetch: The engine.
-        prefetch: Told about paths that someone waits for.
         metrics: Counters to read.
         starts: How often the worker has been started.
         supervisor_pid: The process to signal for an unmount.
@@ -46,7 +45,6 @@ class Status:
         tree: Callable[[], Tree],
         store: Store,
         fetch: Fetch,
-        prefetch: Prefetch,
         metrics: Metrics,
         starts: int,
         supervisor_pid: int,
@@ -56,7 +54,6 @@ class Status:
         self._tree = tree
         self._store = store
         self._fetch = fetch
-        self._prefetch = prefetch
         self._metrics = metrics
         self._starts = starts
         self._supervisor_pid = supervisor_pid
@@ -159,10 +156,6 @@ class Status:
         node = tree.find(path)
         if node is None:
             return None
-        if isinstance(node, Directory):
-            self._prefetch.touch(node)
-        else:
-            self._prefetch.touch(node.parent)
         files = tree.under(path) if every else wanted_files(node)
         size = sum(file.info.size for file in files)
         resident = sum(self._store.object(file.info).resident_bytes for file in files)
@@ -184,6 +177,14 @@ class Status:
         if file.info.size <= SMALL_BYTES and not is_weights(file.name):
             return stored.complete
         return not is_weights(file.name) or all(not stored.missing(span) for span in ends(file.info))
+
+    def want(self, path: str) -> dict[str, Any]:
+        """Plan the download of what a start from ``path`` reads, in the order it reads it."""
+        node = self._tree().find(path)
+        if node is not None:
+            for entry in plan(wanted_files(node)):
+                self._fetch.submit([entry.item], entry.rank)
+        return {"found": node is not None}
 
     def warm(self, paths: list[str]) -> dict[str, Any]:
         """Plan the download of everything under ``paths``; return what was found."""

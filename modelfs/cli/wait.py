@@ -36,10 +36,13 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise ConfigError(f"--timeout: bad value '{arguments.timeout}'", str(error)) from error
     deadline = time.monotonic() + (timeout or float("inf"))
+    asked = arguments.level == "mounted"
     while True:
         state = "not mounted"
         try:
             mount, relative = locate(arguments.path)
+            if not asked:
+                asked = bool(ask(mount, "POST", "/v1/want", {"path": relative}))
             code, answer = ask(mount, "GET", f"/readyz?path={quote(relative)}")
         except DaemonUnreachableError:
             pass  # not mounted yet, or between two workers

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import pyfuse3
 import trio
 
@@ -172,7 +173,10 @@ class Worker:
                 failures.append(ObjectNotFoundError(f"there is no object under {source.uri}", "check the prefix"))
                 return
             listings[position] = Listing(source.name, source.prefix, tuple(objects))
-            await self._store.save_listing(self._saved_name(source), objects)
+            try:
+                await self._store.save_listing(self._saved_name(source), objects)
+            except (OSError, lmdb.Error) as error:
+                log.warning("the listing cannot be kept for a restart: %s", error)
 
         async with trio.open_nursery() as nursery:
             for position, source in enumerate(self._config.sources):
@@ -201,6 +205,7 @@ class Worker:
         while True:
             with trio.move_on_after(interval):
                 await self._refresh_wanted.wait()
+            self._refresh_wanted = trio.Event()
             try:
                 listings = await self._list_all()
             except OriginError as error:
@@ -212,7 +217,6 @@ class Worker:
                     self._view.tree = tree
                     self._prefetch.start(tree)
             await trio.sleep(_REFRESH_PAUSE_SECONDS)
-            self._refresh_wanted = trio.Event()
 
     # -- serving ------------------------------------------------------------------------------------
 
@@ -228,7 +232,6 @@ class Worker:
         front = Front(
             descriptor=descriptor, opens=opens, handler=data_path, metrics=self._metrics, passthrough=tuning.passthrough
         )
-        data_path.finished = front.finished
         namespace = Namespace(
             view=self._view,
             config=self._config.tree,

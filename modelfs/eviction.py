@@ -52,15 +52,19 @@ class Eviction:
         """Evict down to the low watermark if above the high one; return bytes freed."""
         excess = self._excess()
         demand, self._store.demand_waits = self._store.demand_waits, False
-        if excess <= 0:
-            return 0
-        wanted = excess + self._store.headroom_bytes // 2
-        freed = await self._evict_unused(wanted)
+        since, self._store.room_since = self._store.room_since, 0.0
+        freed = 0
+        if excess > 0:
+            freed = await self._evict_unused(excess + self._store.headroom_bytes // 2, float("inf"))
+        elif since:
+            # A download ahead of readers stands at the watermark: room comes from what was not used since it began.
+            freed = await self._evict_unused(self._store.headroom_bytes, since)
         if freed < excess and demand:
             freed += await self._evict_open(excess - freed)
         return freed
 
-    async def _evict_unused(self, wanted: int) -> int:
+    async def _evict_unused(self, wanted: int, before: float) -> int:
+        """Evict objects that nobody uses and that were last used before ``before`` (seconds since the epoch)."""
         freed, after = 0, (0, 0)
         while freed < wanted:
             page = self._store.least_recent(_PAGE, after)
@@ -68,6 +72,8 @@ class Eviction:
                 break
             for after in page:
                 stored = self._store.evictable(after[1])
+                if after[0] + 1 > before:
+                    return freed
                 if stored is not None and not stored.users and freed < wanted:
                     freed += await self._evict_some(
                         stored, sorted(stored.chunks, reverse=True), wanted - freed, "limit"

@@ -42,7 +42,8 @@ STALL_SECONDS = 10.0
 READ_DEADLINE_SECONDS = 60.0
 """Longest wait of a reader without progress."""
 DEMAND_BUFFERS = 2
-"""Buffers that only demand may take, so that no plan can starve a reader."""
+DEMAND_RUNS = 2
+"""Buffers and downloads that only demand may take, so that no plan can starve a reader."""
 WINDOW_CHUNKS = 8
 """Largest read-ahead, in chunks, of a file that is read in order but not prefetched."""
 _RETRY_SECONDS = 0.5
@@ -59,6 +60,7 @@ class _Waiter:
 
     needed: int
     event: trio.Event = field(default_factory=trio.Event)
+    error: ModelfsError | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -86,7 +88,11 @@ class _Active:
 
 @dataclass(slots=True, eq=False)
 class _Run:
-    """One GET. ``stop`` may be lowered while it runs, when demand takes a later chunk out of it."""
+    """One GET. ``stop`` may be lowered while it runs, when demand takes a later chunk out of it.
+
+    ``at`` is the chunk it has reached. Where there is no demand, ``since`` is the time (seconds since the
+    epoch) at which the download was asked for: what was used later is not evicted for it.
+    """
 
     stored: StoredObject
     start: int
@@ -98,6 +104,8 @@ class _Run:
     seen_at: float = 0.0
     waiting_for_buffer: bool = False
     refused: bool = False
+    at: int = 0
+    since: float = 0.0
 
     @property
     def chunks(self) -> range:
@@ -111,6 +119,16 @@ class _Ahead:
     stored: StoredObject
     cursor: int
     window: int
+    since: float = field(default_factory=time.time)
+
+
+@dataclass(slots=True, eq=False, order=False)
+class _Planned:
+    """An item of the plan on its way: chunks before ``next`` have had their turn, evicted since or not."""
+
+    item: "PlanItem"
+    next: int
+    since: float = field(default_factory=time.time)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,11 +197,10 @@ class Fetch:
         self._on_changed = on_changed
         self._active: dict[tuple[int, int], _Active] = {}
         self._owner: dict[tuple[int, int], _Run] = {}
-        self._failed: dict[tuple[int, int], ModelfsError] = {}
         self._demand: list[tuple[int, int, StoredObject]] = []
         self._demand_waiters: dict[tuple[int, int], list[_Waiter]] = {}
         self._ahead: OrderedDict[int, _Ahead] = OrderedDict()
-        self._plan: list[tuple[int, int, PlanItem]] = []
+        self._plan: list[tuple[int, int, _Planned]] = []
         self._sequence = itertools.count()
         self._runs: set[_Run] = set()
         self._writes = 0
@@ -228,12 +245,14 @@ class Fetch:
                     await waiter.event.wait()
                 finally:
                     self._stop_waiting(key, waiter)
-            failure = self._failed.pop(key, None)
-            if failure is not None:
-                if not failure.retryable or trio.current_time() + _RETRY_SECONDS > deadline:
-                    raise failure
+            if waiter.error is not None:
+                if not waiter.error.retryable or trio.current_time() + _RETRY_SECONDS > deadline:
+                    raise waiter.error
                 await trio.sleep(_RETRY_SECONDS)
             elif scope.cancelled_caught:
+                active = self._active.get(key)
+                if active is not None and active.filled > reached:
+                    continue  # slow, but not silent
                 raise ReadTimeoutError(
                     f"no byte of {stored.info.id.key} arrived for {READ_DEADLINE_SECONDS:.0f} s",
                     "check the network and the store",
@@ -265,7 +284,8 @@ class Fetch:
     def submit(self, items: Iterable[PlanItem], rank: int) -> None:
         """Add to the plan; lower ranks come first, equal ones in the order given."""
         for item in items:
-            heapq.heappush(self._plan, (rank, next(self._sequence), item))
+            planned = _Planned(item, chunks_of(item.span).start)
+            heapq.heappush(self._plan, (rank, next(self._sequence), planned))
         self._work.set()
 
     def poke(self) -> None:
@@ -331,6 +351,8 @@ class Fetch:
         if active is not None and waiter in active.waiters:
             active.waiters.remove(waiter)
             active.refs -= 1
+            if not active.refs:
+                self._work.set()  # its buffer may be taken now
 
     def _wake(self, active: _Active) -> None:
         """Let readers go whose bytes are here; runs on the loop."""
@@ -363,7 +385,7 @@ class Fetch:
     def _dispatch(self) -> None:
         """Start runs while there is work, a free connection and a buffer."""
         assert self._nursery is not None
-        while len(self._runs) < self._max_runs:
+        while True:
             run = self._next_run()
             if run is None:
                 return
@@ -380,15 +402,30 @@ class Fetch:
             self._store.acquire(run.stored)
             self._nursery.start_soon(self._run, run, first)
 
+    def _cut_runs_short(self) -> None:
+        """Let downloads ahead of readers end with the chunk they are at: a reader waits for a place."""
+        for run in self._runs:
+            if not run.demand:
+                run.stop = min(run.stop, run.at + 1)
+                self._disown(run, range(run.stop, run.at + 1 + MAX_RUN_CHUNKS))
+
     def _wanted(self, stored: StoredObject, index: int) -> bool:
         key = (stored.info.number, index)
         return index not in stored.chunks and key not in self._active and key not in self._owner
 
     def _next_run(self) -> _Run | None:
         while self._demand:
-            index, _, stored = heapq.heappop(self._demand)
-            if (stored.info.number, index) in self._demand_waiters and self._wanted(stored, index):
+            index, _, stored = self._demand[0]
+            if (stored.info.number, index) not in self._demand_waiters or not self._wanted(stored, index):
+                heapq.heappop(self._demand)
+            elif len(self._runs) >= self._max_runs:
+                self._cut_runs_short()
+                return None
+            else:
+                heapq.heappop(self._demand)
                 return _Run(stored, index, index + 1, demand=True)
+        if len(self._runs) >= max(1, self._max_runs - DEMAND_RUNS):
+            return None
         if self._pool.used >= self._pool.capacity - DEMAND_BUFFERS and not self._reclaimable():
             return None
         if time.monotonic() < self._plan_resume:
@@ -410,22 +447,25 @@ class Fetch:
                 continue
             self._ahead.move_to_end(number)
             return self._extend(
-                ahead.stored, start, count if self._whole_files else min(count, ahead.cursor + 1 + ahead.window)
+                ahead.since,
+                ahead.stored,
+                start,
+                count if self._whole_files else min(count, ahead.cursor + 1 + ahead.window),
             )
         return None
 
     def _next_planned(self) -> _Run | None:
         while self._plan:
-            _, _, item = self._plan[0]
-            stored = self._store.object(item.info)
-            chunks = chunks_of(item.span)
-            start = next((index for index in chunks if self._wanted(stored, index)), None)
-            if start is not None:
-                return self._extend(stored, start, chunks.stop)
+            _, _, planned = self._plan[0]
+            stored = self._store.object(planned.item.info)
+            stop = chunks_of(planned.item.span).stop
+            planned.next = next((index for index in range(planned.next, stop) if self._wanted(stored, index)), stop)
+            if planned.next < stop:
+                return self._extend(planned.since, stored, planned.next, stop)
             heapq.heappop(self._plan)
         return None
 
-    def _extend(self, stored: StoredObject, start: int, stop: int) -> _Run:
+    def _extend(self, since: float, stored: StoredObject, start: int, stop: int) -> _Run:
         """Return a run from ``start`` over adjacent wanted chunks, shorter when little is left to share out.
 
         Ahead of a reader whom we serve by copy, all runs together span no more than the buffers, so that
@@ -437,7 +477,7 @@ class Fetch:
         end = start + 1
         while end < min(stop, start + longest) and self._wanted(stored, end):
             end += 1
-        return _Run(stored, start, end, demand=False)
+        return _Run(stored, start, end, demand=False, since=since)
 
     # -- running ------------------------------------------------------------------------------------
 
@@ -463,7 +503,11 @@ class Fetch:
         span = run.stored.info.chunk_range(index)
         # A slow disk must not hold back readers: with half of the buffers waiting for it, demand is not stored.
         keep = not demand or self._writes < self._pool.capacity // 2
-        reserved = keep and index not in run.stored.evicting and self._store.reserve(len(span), demand=demand)
+        reserved = (
+            keep
+            and index not in run.stored.evicting
+            and self._store.reserve(len(span), since=None if demand else run.since)
+        )
         run.refused = not reserved and not demand
         if run.refused:
             return None
@@ -474,6 +518,7 @@ class Fetch:
             return None
         active = _Active(run.stored, index, span, buffer, memoryview(buffer)[: len(span)], reserved, demand)
         self._active[key] = active
+        run.at = index
         active.waiters = self._demand_waiters.pop(key, [])
         active.refs = len(active.waiters)
         active.needed = min((waiter.needed for waiter in active.waiters), default=CHUNK_BYTES + 1)
@@ -506,9 +551,9 @@ class Fetch:
             self._on_changed(run.stored.info)
             self._drop_plan(run.stored.info)
         current = sink.current
-        if current is not None and current.waiters:
-            self._failed[current.key] = error
-        elif not error.retryable:
+        for waiter in current.waiters if current is not None else ():
+            waiter.error = error
+        if not error.retryable and not (current is not None and current.waiters):
             log.warning("cannot download: %s", error)
             self._drop_plan(run.stored.info)
         if not (current is not None and current.waiters):
@@ -518,7 +563,7 @@ class Fetch:
 
     def _drop_plan(self, info: ObjectInfo) -> None:
         self._ahead.pop(info.number, None)
-        self._plan = [entry for entry in self._plan if entry[2].info.number != info.number]
+        self._plan = [entry for entry in self._plan if entry[2].item.info.number != info.number]
         heapq.heapify(self._plan)
 
     def _abandon(self, active: _Active) -> None:

@@ -247,7 +247,6 @@ class DataPath:
         self._fetch = fetch
         self._prefetch = prefetch
         self._metrics = metrics
-        self.finished: Callable[[Reply], None] = lambda _reply: None  # the front's, once there is one
         self._disk = ThreadPoolExecutor(DISK_THREADS, "modelfs-disk")
         self._buffers = threading.local()
         self._token: trio.lowlevel.TrioToken | None = None
@@ -300,8 +299,7 @@ class DataPath:
         stored = self._view.open.pop(inode, None)
         if stored is not None:
             stored.passed = stored.copied = False
-            if not self._prefetch.automatic:
-                self._fetch.drop_ahead(stored)
+            self._fetch.drop_ahead(stored)
             self._store.release(stored)
 
     # -- reads --------------------------------------------------------------------------------------
@@ -388,11 +386,7 @@ class DataPath:
         """Answer a read some of whose bytes are not in the store yet."""
         began = time.monotonic()
         try:
-            with trio.CancelScope() as scope:
-                reply.cancel = scope.cancel
-                await self._gather(stored, span, reply)
-            if scope.cancelled_caught:
-                reply.error(errno.EINTR)
+            await self._gather(stored, span, reply)
         except ModelfsError as error:
             self._warn(error)
             reply.error(error.errno)
@@ -401,7 +395,6 @@ class DataPath:
             if not reply.done:
                 reply.error(errno.EIO)
         finally:
-            self.finished(reply)
             self._metrics.read_wait.observe(time.monotonic() - began)
 
     async def _gather(self, stored: StoredObject, span: ByteRange, reply: Reply) -> None:

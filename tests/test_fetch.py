@@ -1,12 +1,13 @@
 import random
 import threading
+import time
 
 import pytest
 import trio
 
 from modelfs.chunks import CHUNK_BYTES, MIB, ByteRange, split
 from modelfs.config import Size, StoreConfig
-from modelfs.errors import ObjectChangedError, OriginError, TransientOriginError
+from modelfs.errors import ObjectChangedError, OriginError, ReadTimeoutError, TransientOriginError
 from modelfs.eviction import Eviction
 from modelfs.fetch import Fetch, PlanItem
 from modelfs.metrics import Metrics
@@ -259,3 +260,45 @@ async def test_cancelled_reader_leaves_nothing_behind(engine):
     await made.settle()
     assert len(made.origin.requests) == 1
     assert made.fetch.statistics()["buffers_used"] == 0
+
+
+async def test_plan_larger_than_the_cache_is_fetched_at_most_once(engine):
+    """What does not fit is left out; nothing is downloaded, evicted and downloaded again."""
+    limit = 6 * CHUNK_BYTES
+    made = await engine(limit=limit)
+    data = some_bytes(10 * CHUNK_BYTES)
+    made.fetch.submit([PlanItem(made.origin.put("k", data), ByteRange(0, len(data)))], 1)
+    await trio.sleep(3)
+    received = sum(len(span) for _, span in made.origin.requests)
+    assert received <= limit + BUDGET
+    assert made.store.resident_bytes <= limit
+
+
+async def test_demand_finds_a_place_among_long_downloads(engine):
+    made = await engine(max_runs=3)
+    big = made.origin.put("big", some_bytes(30 * CHUNK_BYTES))
+    wanted = some_bytes(100, 7)
+    small = made.store.object(made.origin.put("small", wanted))
+    gate = threading.Event()
+    made.origin.fault = lambda key, position: key == "big" and gate.wait(20) and None
+    made.fetch.submit([PlanItem(big, ByteRange(0, 30 * CHUNK_BYTES))], 1)
+    await trio.sleep(0.1)
+    with trio.fail_after(5):
+        assert await made.read(small, ByteRange(0, 100)) == wanted
+    gate.set()
+
+
+async def test_slow_is_not_silent(engine, monkeypatch):
+    """A reader of a chunk's end waits as long as bytes arrive at all."""
+    monkeypatch.setattr("modelfs.fetch.READ_DEADLINE_SECONDS", 0.5)
+    made = await engine()
+    data = some_bytes(CHUNK_BYTES)
+    stored = made.store.object(made.origin.put("k", data))
+    made.origin.fault = lambda key, position: time.sleep(0.2)
+    assert await made.read(stored, ByteRange(CHUNK_BYTES - 10, CHUNK_BYTES)) == data[-10:]
+    silent = made.store.object(made.origin.put("silent", data))
+    gate = threading.Event()
+    made.origin.fault = lambda key, position: gate.wait(20) and None
+    with pytest.raises(ReadTimeoutError, match="no byte of silent"):
+        await made.read(silent, ByteRange(0, 10))
+    gate.set()

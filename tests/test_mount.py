@@ -11,7 +11,6 @@ import socket
 import stat
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -26,6 +25,7 @@ from modelfs.chunks import CHUNK_BYTES, MIB
 from modelfs.cli.client import ask
 from modelfs.cli.embedded import free_port
 from modelfs.fuse.tuning import control_socket
+from tests.support import differential
 from tests.support.mounting import run
 
 pytestmark = pytest.mark.fuse
@@ -171,52 +171,20 @@ def test_inodes_are_stable_across_remounts_and_the_cache_is_warm(bucket, mounted
     assert again.status()["origin"]["bytes"] == 0
 
 
-def test_differential_readers_under_eviction(bucket, mounted, tmp_path):
-    """Threads of random pread and mmap against a local copy; the cap is a third of the data."""
-    files = {
-        f"f{n}": some_bytes(size, n)
-        for n, size in enumerate((5 * CHUNK_BYTES + 77, 6 * CHUNK_BYTES, 4 * CHUNK_BYTES + 1))
-    }
-    for name, data in files.items():
-        bucket.put(f"p/{name}", data)
+def test_differential_readers_under_eviction(bucket, mounted):
+    """Random preads and mmaps against a local copy; the cap is a third of the data."""
+    for number in range(len(differential.SIZES)):
+        bucket.put(f"p/f{number}", differential.file_bytes(number))
+    cap = f"{differential.CAP_MIB}MiB"
     mount = mounted(
-        bucket, "--cache-size", "40MiB", "--min-free", "1MiB", "--max-memory", "32MiB", "--prefetch", "off", prefix="p/"
+        bucket, "--cache-size", cap, "--min-free", "1MiB", "--max-memory", "32MiB", "--prefetch", "off", prefix="p/"
     )
-    wrong: list[str] = []
-
-    def reader(seed):
-        rng = random.Random(seed)
-        for _ in range(12):
-            name = rng.choice(list(files))
-            data, base = files[name], 0
-            with (mount.path / name).open("rb") as file:
-                base = rng.randrange(len(data))
-                for _ in range(15):
-                    start = min(len(data) - 1, base + rng.randrange(2 * MIB))
-                    length = rng.choice([1, 511, 4096, rng.randrange(1, MIB), rng.randrange(1, 3 * MIB)])
-                    if rng.random() < 0.3:
-                        aligned = start & ~4095
-                        with mmap.mmap(
-                            file.fileno(), min(length + 4096, len(data) - aligned), prot=mmap.PROT_READ, offset=aligned
-                        ) as m:
-                            got = m[:]
-                        expected = data[aligned : aligned + len(got)]
-                    else:
-                        got = os.pread(file.fileno(), length, start)
-                        expected = data[start : start + length]
-                    if got != expected:
-                        wrong.append(f"{name} at {start}+{length}")
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-    threads = [threading.Thread(target=reader, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    outcome = differential.compare(mount.path, reads=3000)
+    assert outcome.reads >= 3000
+    assert not outcome.wrong
     cache = mount.status()["cache"]
     assert cache["evicted_bytes"] > 0
-    assert cache["resident_bytes"] <= 40 * MIB + 32 * MIB
+    assert cache["resident_bytes"] <= (differential.CAP_MIB + 32) * MIB
 
 
 def test_direct_io_reader(bucket, mounted):

@@ -140,3 +140,20 @@ def test_rewritten_credentials_file_needs_no_restart(setting, any_store, monkeyp
     made._client_made -= 10
     file.write_text(text.format(any_store.access_key, any_store.secret_key))
     assert [info.id.key for info in made.list("")] == ["k"]
+
+
+def test_reads_renew_refused_credentials_too(setting, any_store, monkeypatch, tmp_path):
+    setting.put("k", b"data")
+    info = listed(setting, "k")
+    file = tmp_path / "credentials"
+    text = "[default]\naws_access_key_id = {}\naws_secret_access_key = {}\n"
+    file.write_text(text.format(any_store.access_key, "expired"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    made = origin(setting.name)
+    made._client_made -= 10
+    file.write_text(text.format(any_store.access_key, any_store.secret_key))
+    sink = Collect()
+    made.read_into(info, ByteRange(0, 4), sink)
+    assert bytes(sink.data) == b"data"

@@ -1,6 +1,7 @@
 import os
 import random
 import tempfile
+import time
 
 import pytest
 import trio
@@ -35,7 +36,7 @@ def content(item, index):
 def put(store, item, index, *, direct=False):
     stored = store.object(item)
     data = memoryview(content(item, index))
-    assert store.reserve(len(data), demand=False)
+    assert store.reserve(len(data))
     store.write_sync(stored, index, data, direct)
     store.added(stored, index, files.checksum(data))
     return stored
@@ -167,12 +168,12 @@ async def test_eviction_takes_unused_objects_first_and_pinned_chunks_never(tmp_p
         put(store, busy, index)
     await store.commit()
     pinned = store.pin(stored, ByteRange(0, 1))
-    assert not store.reserve(CHUNK_BYTES, demand=True)
+    assert not store.reserve(CHUNK_BYTES)
     evicted = await Eviction(store=store, on_room=lambda: None).make_room()
     assert evicted
     assert not store.object(old).chunks
     assert 0 in stored.chunks
-    assert store.reserve(CHUNK_BYTES, demand=True)
+    assert store.reserve(CHUNK_BYTES)
     assert not files.data_path(tmp_path / "data", old.number).exists()
     store.unpin(stored, pinned)
     store.close()
@@ -185,9 +186,79 @@ async def test_prefetch_never_evicts_what_is_open(tmp_path):
     for index in range(4):
         put(store, item, index)
     await store.commit()
-    assert not store.reserve(CHUNK_BYTES, demand=False)
+    store.demand_waits = False
+    assert not store.reserve(CHUNK_BYTES, since=time.time() + 9)
     assert await Eviction(store=store, on_room=lambda: None).make_room() == 0
     store.close()
+
+
+async def test_prefetch_pushes_out_what_is_older_than_itself_only(tmp_path):
+    store = open_store(tmp_path, size=4 * CHUNK_BYTES, budget=CHUNK_BYTES)
+    item = info("old", 3 * CHUNK_BYTES)
+    for index in range(3):
+        put(store, item, index)
+    await store.commit()
+    evicting = Eviction(store=store, on_room=lambda: None)
+    assert not store.reserve(CHUNK_BYTES, since=time.time() - 60)
+    assert await evicting.make_room() == 0
+    assert not store.reserve(CHUNK_BYTES, since=time.time() + 60)
+    assert await evicting.make_room() == CHUNK_BYTES
+    assert store.reserve(CHUNK_BYTES, since=time.time() + 60)
+    store.close()
+
+
+async def test_touched_data_file_is_checked_before_it_is_passed_through(tmp_path):
+    store, item = open_store(tmp_path), info()
+    for index in range(item.chunk_count):
+        put(store, item, index)
+    await store.commit()
+    store.close()
+    clean = open_store(tmp_path)
+    descriptor = clean.backing_descriptor(clean.object(item))
+    assert descriptor is not None
+    os.close(descriptor)
+    clean.close()
+    os.utime(files.data_path(tmp_path / "data", item.number))
+    touched = open_store(tmp_path)
+    stored = touched.object(item)
+    assert touched.backing_descriptor(stored) is None
+    read(touched, stored, ByteRange(0, item.size))
+    descriptor = touched.backing_descriptor(stored)
+    assert descriptor is not None
+    os.close(descriptor)
+    touched.close()
+
+
+async def test_discarded_chunk_leaves_no_hole_under_a_pinned_reader(tmp_path):
+    store, item = open_store(tmp_path), info()
+    stored = put(store, item, 0)
+    store.acquire(stored)
+    await store.commit()
+    pinned = store.pin(stored, ByteRange(0, MIB))
+    await store.discard(stored, 0, "test")
+    target = memoryview(bytearray(MIB))
+    store.read_sync(stored, store.descriptor(stored), pinned, ByteRange(0, MIB), target)
+    assert bytes(target) == content(item, 0)[:MIB]
+    store.close()
+
+
+async def test_failed_commit_is_tried_again(tmp_path, monkeypatch):
+    store, item = open_store(tmp_path), info()
+    put(store, item, 0)
+
+    def fail(_descriptor):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fail)
+        await store.commit()
+    assert not store.object(item).chunks[0].durable
+    await store.commit()
+    assert store.object(item).chunks[0].durable
+    store.close()
+    again = open_store(tmp_path)
+    assert list(again.object(item).chunks) == [0]
+    again.close()
 
 
 async def test_passed_through_files_stay_whole(tmp_path):
@@ -198,7 +269,7 @@ async def test_passed_through_files_stay_whole(tmp_path):
     for index in range(4):
         put(store, item, index)
     stored.passed = True
-    store.reserve(CHUNK_BYTES, demand=True)
+    store.reserve(CHUNK_BYTES)
     assert await Eviction(store=store, on_room=lambda: None).make_room() == 0
     assert stored.complete
     store.close()

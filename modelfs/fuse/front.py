@@ -1,7 +1,7 @@
 """The worker's end of the kernel connection.
 
 The front reads requests from the /dev/fuse descriptor. It answers the data path itself: OPEN, READ,
-RELEASE, INTERRUPT of its own reads, FLUSH and LSEEK (ENOSYS), extended attributes that are not ours
+RELEASE; FLUSH, LSEEK and INTERRUPT (ENOSYS), extended attributes that are not ours
 (no data). Everything else, the whole namespace, goes unchanged to pyfuse3 over a socket pair, and the
 replies come back the same way.
 
@@ -16,7 +16,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import trio
@@ -37,13 +37,12 @@ _MAX_BATCH = 64
 class Reply:
     """The one answer to one READ."""
 
-    __slots__ = ("_descriptor", "_front", "cancel", "done", "unique")
+    __slots__ = ("_descriptor", "_front", "done", "unique")
 
     def __init__(self, front: "Front", descriptor: int, unique: int) -> None:
         self._front = front
         self._descriptor = descriptor
         self.unique = unique
-        self.cancel: Callable[[], None] | None = None
         self.done = False
 
     def data(self, parts: Sequence[bytes | memoryview]) -> None:
@@ -67,7 +66,7 @@ class Handler(Protocol):
     """What the front asks of the file system."""
 
     def open(self, inode: int) -> None:
-        """Note one more open of ``inode``; raise ``ModelfsError`` to refuse."""
+        """Note that ``inode`` is open, which it may be already; raise ``ModelfsError`` to refuse."""
 
     def backing(self, inode: int) -> int | None:
         """Return a descriptor of the complete local file, which the caller closes, or ``None``."""
@@ -114,7 +113,6 @@ class Front:
         self._handler = handler
         self._metrics = metrics
         self.passthrough = passthrough
-        self._pending: dict[int, Reply] = {}
         self._backlog: collections.deque[bytes] = collections.deque()
         self._backlog_filled = trio.Event()
         ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -129,7 +127,6 @@ class Front:
             protocol.READ: self._read,
             protocol.RELEASE: self._release,
             protocol.GETXATTR: self._getxattr,
-            protocol.INTERRUPT: self._interrupt,
         }
         self._request_counts = {
             code: metrics.fuse_requests.labels(op=name) for code, name in protocol.OPCODE_NAMES.items()
@@ -142,8 +139,8 @@ class Front:
         return f"/dev/fd/{self._theirs.fileno()}"
 
     def statistics(self) -> dict[str, int]:
-        """Return the number of waiting reads and of open inodes."""
-        return {"pending_reads": len(self._pending), "open_inodes": len(self._opens.inodes())}
+        """Return the number of open inodes."""
+        return {"open_inodes": len(self._opens.inodes())}
 
     def count_error(self, op: str, code: int) -> None:
         """Count an error reply."""
@@ -152,13 +149,20 @@ class Front:
     async def run(self) -> None:
         """Serve until the file system is unmounted or the connection aborted."""
         for inode in self._opens.inodes():
-            self._handler.open(inode)  # opened through a worker before this one
-            self._handler.opened(inode, "passthrough" if self._opens.get(inode).passed else "cached")
+            self._restore(inode)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._copy_namespace_replies)
             nursery.start_soon(self._drain_backlog)
             await self._serve()
             nursery.cancel_scope.cancel()
+
+    def _restore(self, inode: int) -> None:
+        """Take over an open made through a worker before this one."""
+        try:
+            self._handler.open(inode)
+            self._handler.opened(inode, "passthrough" if self._opens.get(inode).passed else "cached")
+        except (ModelfsError, OSError) as error:
+            log.warning("an open file is gone, its reads fail: %s", error)
 
     async def _serve(self) -> None:
         buffer = bytearray(protocol.REQUEST_BUFFER_BYTES)
@@ -186,7 +190,8 @@ class Front:
         call = self._calls.get(header.opcode)
         if call is not None:
             call(header, body, message)
-        elif header.opcode in {protocol.FLUSH, protocol.LSEEK}:
+        elif header.opcode in {protocol.FLUSH, protocol.LSEEK, protocol.INTERRUPT}:
+            # INTERRUPT comes for any signal, and EINTR for a page would be SIGBUS: reads run to their deadline.
             send(self._descriptor, [protocol.error_reply(header.unique, errno.ENOSYS)])
         elif header.opcode not in {protocol.FORGET, protocol.BATCH_FORGET}:
             # Inode numbers are derived from the objects, so nothing is kept per lookup and nothing to forget.
@@ -245,8 +250,8 @@ class Front:
             return
         state = self._opens.get(inode)
         try:
+            self._handler.open(inode)
             if unique != self._opens.last_unique or not (state.cached or state.passed):
-                self._handler.open(inode)
                 state = self._count_open(unique, inode, state)
         except ModelfsError as error:
             self._refuse(header, "open", error.errno)
@@ -329,20 +334,7 @@ class Front:
 
     def _read(self, header: protocol.Header, body: memoryview, _message: memoryview) -> None:
         _handle, offset, size, *_ = protocol.READ_IN.unpack_from(body)
-        reply = Reply(self, self._descriptor, header.unique)
-        self._handler.read(header.nodeid, offset, size, reply)
-        if reply.cancel is not None and not reply.done:
-            self._pending[header.unique & ~protocol.UNIQUE_RESEND] = reply
-
-    def finished(self, reply: Reply) -> None:
-        """Forget a reply that waited; called by the handler on the loop when it is done with it."""
-        self._pending.pop(reply.unique & ~protocol.UNIQUE_RESEND, None)
-
-    def _interrupt(self, _header: protocol.Header, body: memoryview, _message: memoryview) -> None:
-        (unique,) = protocol.INTERRUPT_IN.unpack_from(body)
-        reply = self._pending.pop(unique & ~protocol.UNIQUE_RESEND, None)
-        if reply is not None and reply.cancel is not None:
-            reply.cancel()
+        self._handler.read(header.nodeid, offset, size, Reply(self, self._descriptor, header.unique))
 
     def _getxattr(self, header: protocol.Header, body: memoryview, message: memoryview) -> None:
         name = bytes(body[protocol.GETXATTR_IN.size :])

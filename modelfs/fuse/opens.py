@@ -15,6 +15,8 @@ import struct
 from dataclasses import dataclass
 
 _JOURNAL = struct.Struct("=QIIQIIi")  # unique, valid, slot, inode, cached, passed, backing
+_MARK = struct.Struct("=I")
+_MARK_OFFSET = 8
 _ENTRY = struct.Struct("=QIIi4x")  # inode, cached, passed, backing
 _BASE = 64
 CAPACITY = 65536
@@ -78,9 +80,10 @@ class OpenTable:
                 raise OSError(f"more than {CAPACITY} files open")
             slot = self._slots[inode] = self._free.pop()
         entry = (inode, state.cached, state.passed, state.backing)
-        # The valid mark falls before and rises after the journal: a kill in between loses only the mark.
+        # The valid mark falls before the journal is written and rises after it, each as a store of its own.
+        _MARK.pack_into(self._map, _MARK_OFFSET, 0)
         _JOURNAL.pack_into(self._map, 0, unique, 0, slot, *entry)
-        _JOURNAL.pack_into(self._map, 0, unique, 1, slot, *entry)
+        _MARK.pack_into(self._map, _MARK_OFFSET, 1)
         _ENTRY.pack_into(self._map, _BASE + slot * _ENTRY.size, *entry)
         self.last_unique = unique
         if state.cached or state.passed:

@@ -8,6 +8,7 @@ token has expired all the same, the session is built anew once, so that rewritte
 Threads: one client is shared by all; botocore clients are thread-safe.
 """
 
+import http.client
 import logging
 import random
 import re
@@ -50,7 +51,11 @@ ATTEMPTS = 6
 BACKOFF_SECONDS = 0.1
 BACKOFF_CAP_SECONDS = 5.0
 MAX_CONNECTIONS = 64
+_RENEW_SECONDS = 1.0
+"""Least age of a session before it is built anew because its credentials were refused."""
 
+_BROKEN = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError)
+"""What a connection that breaks in the middle of a body raises."""
 _DENIED = {"AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AllAccessDisabled", "AccountProblem"}
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken"}
 _THROTTLED = {"SlowDown", "TooManyRequests", "Throttling", "ThrottlingException", "RequestLimitExceeded", "429", "503"}
@@ -136,40 +141,48 @@ class S3Origin:
         if token:
             arguments["ContinuationToken"] = token
 
-        def ask() -> dict[str, Any]:
+        def ask(client: Any) -> dict[str, Any]:  # noqa: ANN401
             self._metrics.origin_requests.labels(op="list").inc()
-            page: dict[str, Any] = self._client.list_objects_v2(**arguments)
+            page: dict[str, Any] = client.list_objects_v2(**arguments)
             return page
 
         return self._persist(ask, prefix)
 
-    def _persist(self, ask: Callable[[], dict[str, Any]], key: str) -> dict[str, Any]:
+    def _persist(self, ask: Callable[[Any], dict[str, Any]], key: str) -> dict[str, Any]:
         """Call ``ask`` until it succeeds, fails for good, or has failed too often."""
         for attempt in range(ATTEMPTS):
+            client = self._client
             try:
-                return ask()
+                return ask(client)
             except Exception as error:
                 failure = self._translate(error, key)
-                if not self._worth_retry(failure, attempt):
+                if not self._worth_retry(failure, attempt, client):
                     raise failure from error
             _pause(attempt)
         raise AssertionError("the last attempt raises")
 
-    def _worth_retry(self, failure: OriginError, attempt: int) -> bool:
+    def _worth_retry(self, failure: OriginError, attempt: int, client: Any) -> bool:  # noqa: ANN401
+        """Count the failure; return whether to try again after ``attempt`` earlier ones without progress."""
         kind = type(failure).__name__.removesuffix("Error")
         self._metrics.origin_errors.labels(kind=kind).inc()
         if attempt + 1 >= ATTEMPTS or (isinstance(failure, EndpointUnreachableError) and attempt >= 2):
             return False
         if failure.retryable:
             return True
-        return isinstance(failure, AccessDeniedError) and attempt == 0 and self._renew_credentials()
+        return isinstance(failure, AccessDeniedError) and attempt == 0 and self._renew_credentials(client)
 
-    def _renew_credentials(self) -> bool:
-        """Build a fresh session unless that was just done; return whether trying again makes sense."""
+    def _renew_credentials(self, refused: Any) -> bool:  # noqa: ANN401
+        """Build a fresh session in place of the ``refused`` client; return whether trying again makes sense."""
         with self._lock:
-            if time.monotonic() - self._client_made < 1.0:
+            if self._client is not refused:
+                return True  # another thread has done it
+            if time.monotonic() - self._client_made < _RENEW_SECONDS:
                 return False
-            self._client = self._make_client()
+            try:
+                self._client = self._make_client()
+            except ConfigError as error:
+                log.warning("the credentials cannot be read again: %s", error)
+                return False
         return True
 
     # -- reading ------------------------------------------------------------------------------------
@@ -178,9 +191,9 @@ class S3Origin:
         """Download ``span`` into ``sink``, resuming as needed; see ``Origin.read_into``."""
         position, attempt = span.start, 0
         while position < span.stop:
-            before = position
+            before, client = position, self._client
             try:
-                for count in self._stream(info, ByteRange(position, span.stop), sink):
+                for count in self._stream(client, info, ByteRange(position, span.stop), sink):
                     position += count
                 if position == span.stop:
                     return
@@ -189,19 +202,21 @@ class S3Origin:
                 )
             except OriginError as error:
                 failure, cause = error, error.__cause__
-            except (sdk.BotoCoreError, sdk.ClientError, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            except (sdk.BotoCoreError, sdk.ClientError, *_BROKEN) as error:
                 failure, cause = self._translate(error, info.id.key), error
-            attempt = 0 if position > before else attempt + 1
-            if not self._worth_retry(failure, attempt):
+            if position > before:
+                attempt = 0
+            if not self._worth_retry(failure, attempt, client):
                 raise failure from cause
             if position > span.start:
                 self._metrics.origin_resumes.inc()
             _pause(attempt)
+            attempt += 1
 
-    def _stream(self, info: ObjectInfo, span: ByteRange, sink: Sink) -> Iterator[int]:
+    def _stream(self, client: Any, info: ObjectInfo, span: ByteRange, sink: Sink) -> Iterator[int]:  # noqa: ANN401
         """Yield the number of bytes received at a time; ends early when the body does."""
         self._metrics.origin_requests.labels(op="get").inc()
-        answer = self._client.get_object(
+        answer = client.get_object(
             Bucket=self._bucket, Key=info.id.key, Range=f"bytes={span.start}-{span.stop - 1}", IfMatch=info.id.version
         )
         raw = answer["Body"]._raw_stream
@@ -266,7 +281,7 @@ class S3Origin:
                 f"cannot connect to {self._endpoint} for bucket '{self._bucket}'",
                 "check --endpoint-url and the network",
             )
-        if isinstance(error, sdk.HTTPClientError | urllib3.exceptions.HTTPError | OSError | ValueError):
+        if isinstance(error, (sdk.HTTPClientError, *_BROKEN)):
             return TransientOriginError(f"the connection to {self._endpoint} broke while reading {self._where(key)}")
         if isinstance(error, sdk.BotoCoreError):
             return OriginError(f"the request for {self._where(key)} could not be made ({_plain(error)})")

@@ -63,7 +63,8 @@ class StoredObject:
 
     ``chunks`` is in order of last use once the object is open. ``users`` counts opens and downloads;
     ``passed`` says that the kernel reads the file without us, so that no hole may be punched; ``copied`` that
-    it is open and its readers get their bytes through us.
+    it is open and its readers get their bytes through us; ``untouched`` that nobody but modelfs has written the
+    data file since its chunks were recorded.
     """
 
     info: ObjectInfo
@@ -71,6 +72,7 @@ class StoredObject:
     users: int = 0
     passed: bool = False
     copied: bool = False
+    untouched: bool = True
     descriptor: int = -1
     evicting: set[int] = field(default_factory=set)
     resident_bytes: int = 0
@@ -123,6 +125,7 @@ class Store:
         self.evicted_bytes = 0
         self.pressure = trio.Event()
         self.demand_waits = False
+        self.room_since = 0.0
         self._disk_limit = 0
         self._space_checked = 0.0
         self.refresh_space()
@@ -178,7 +181,8 @@ class Store:
         room = os.statvfs(self.directory)
         total, free = room.f_blocks * room.f_frsize, room.f_bavail * room.f_frsize
         cap = self._config.cache_size.of(total)
-        available = self.resident_bytes + self.reserved_bytes + free - self._config.min_free.of(total)
+        # Bytes reserved but not yet written are still free: counting them as well would undercut the floor.
+        available = self.resident_bytes + free - self._config.min_free.of(total)
         self._disk_limit = min(cap, available)
         self._space_checked = time.monotonic()
         self._metrics.store_limit.set(self._disk_limit)
@@ -199,21 +203,23 @@ class Store:
         if row is None or row.info.id != info.id or row.info.size != info.size:
             return StoredObject(info, OrderedDict())
         recorded = self._index.chunks(info.number)
-        if recorded and not self._data_file_fits(info):
+        status = self._data_file_status(info)
+        if recorded and (status is None or status.st_size != info.size):
             log.warning("data file of %s is missing or has the wrong size: fetched again", info.id.key)
             self._index.forget(info.number, list(recorded))
-            self.resident_bytes = self._index.resident_bytes()
+            self.resident_bytes -= row.resident
             return StoredObject(info, OrderedDict())
         chunks = OrderedDict((index, Chunk(sums, 0, durable=True)) for index, sums in recorded.items())
         self._used_known[info.number] = row.used
         resident = sum(len(info.chunk_range(index)) for index in chunks)
-        return StoredObject(info, chunks, resident_bytes=resident)
+        untouched = status is not None and status.st_mtime_ns == row.stamp
+        return StoredObject(info, chunks, resident_bytes=resident, untouched=untouched)
 
-    def _data_file_fits(self, info: ObjectInfo) -> bool:
+    def _data_file_status(self, info: ObjectInfo) -> os.stat_result | None:
         try:
-            return files.data_path(self.data_directory, info.number).stat().st_size == info.size
+            return files.data_path(self.data_directory, info.number).stat()
         except OSError:
-            return False
+            return None
 
     def known_object(self, number: int) -> ObjectInfo | None:
         """Return the identity behind a number that is no longer in any listing, if the index has it."""
@@ -317,18 +323,26 @@ class Store:
 
     # -- writing ------------------------------------------------------------------------------------
 
-    def reserve(self, size: int, *, demand: bool) -> bool:
+    def reserve(self, size: int, *, since: float | None = None) -> bool:
         """Set ``size`` bytes aside for a chunk to be written; ``False`` if there is no room now.
 
-        Only demand makes eviction take chunks of open files; a download ahead of readers never does.
+        Args:
+            size: The chunk's length.
+            since: For a download ahead of readers: when it was asked for, in seconds since the epoch. It keeps
+                below the high watermark, and room is made for it only by evicting what was not used since then;
+                so that it can push out neither open files nor, in a loop, itself.
         """
         if time.monotonic() - self._space_checked > _SPACE_CHECK_SECONDS:
             self.refresh_space()
         taken = self.resident_bytes + self.reserved_bytes + size
-        if taken > self.limit_bytes - self.headroom_bytes:
-            self.demand_waits = self.demand_waits or demand
+        above = taken - (self.limit_bytes - self.headroom_bytes)
+        if above > 0:
             self.pressure.set()
-        if taken > self.limit_bytes:
+            if since is None:
+                self.demand_waits = True
+            else:
+                self.room_since = max(self.room_since, since)
+        if taken > self.limit_bytes or (above > 0 and since is not None):
             return False
         self.reserved_bytes += size
         return True
@@ -392,33 +406,56 @@ class Store:
             if not dirty and not used:
                 return
             self._dirty, self._used = {}, {}
-            descriptors = {stored.info.number: self.descriptor(stored) for stored, _ in dirty.values()}
-            chunks = [NewChunk(stored.info, index, chunk.sums) for (_, index), (stored, chunk) in dirty.items()]
+            objects = {stored.info.number: stored for stored, _ in dirty.values()}
+            for stored in objects.values():
+                self.acquire(stored)  # keeps the descriptors open, and eviction away
             try:
-                await trio.to_thread.run_sync(self._commit_sync, list(descriptors.values()), chunks, used)
+                await self._commit_batch(objects, dirty, used)
             except (OSError, lmdb.Error) as error:
-                log.error(
-                    "the index in %s could not be written (%s): served from memory of this process",
-                    self.directory,
-                    error,
-                )
-                return
-            for (number, index), (stored, chunk) in dirty.items():
-                chunk.durable = True
-                if stored.chunks.get(index) is not chunk:
-                    await trio.to_thread.run_sync(self._index.forget, number, [index])  # evicted meanwhile
-                elif stored.users == 0:
-                    self._close_descriptor(stored)
+                log.error("the index in %s could not be written (%s): tried again", self.directory, error)
+                # What was evicted meanwhile is not recorded any more.
+                again = {key: entry for key, entry in dirty.items() if entry[0].chunks.get(key[1]) is entry[1]}
+                self._dirty, self._used = again | self._dirty, used | self._used
+            finally:
+                for stored in objects.values():
+                    self.release(stored)
 
-    def _commit_sync(self, descriptors: list[int], chunks: list[NewChunk], used: dict[int, int]) -> None:
-        for descriptor in descriptors:
+    async def _commit_batch(
+        self,
+        objects: dict[int, StoredObject],
+        dirty: dict[tuple[int, int], tuple[StoredObject, Chunk]],
+        used: dict[int, int],
+    ) -> None:
+        descriptors = {number: self.descriptor(stored) for number, stored in objects.items()}
+        chunks = [NewChunk(stored.info, index, chunk.sums) for (_, index), (stored, chunk) in dirty.items()]
+        await trio.to_thread.run_sync(self._commit_sync, descriptors, chunks, used)
+        evicted: dict[int, list[int]] = {}
+        for (number, index), (stored, chunk) in dirty.items():
+            chunk.durable = True
+            if stored.chunks.get(index) is not chunk:
+                evicted.setdefault(number, []).append(index)
+        for number, indices in evicted.items():
+            await trio.to_thread.run_sync(self._index.forget, number, indices)
+
+    def _commit_sync(self, descriptors: dict[int, int], chunks: list[NewChunk], used: dict[int, int]) -> None:
+        """Record what is durable, and each file's time of change.
+
+        Only we write the file: an equal time at the next start says that nobody else did.
+        """
+        stamps = {}
+        for number, descriptor in descriptors.items():
+            stamps[number] = os.fstat(descriptor).st_mtime_ns
             os.fdatasync(descriptor)
-        self._index.record(chunks, used)
+        self._index.record(chunks, used, stamps)
 
     # -- eviction -----------------------------------------------------------------------------------
 
     async def evict(self, stored: StoredObject, indices: list[int], reason: str, *, force: bool = False) -> int:
-        """Remove chunks; pinned ones and those of passed-through files stay unless forced. Return bytes freed."""
+        """Remove chunks; return bytes freed.
+
+        Pinned chunks and those of passed-through files stay, unless forced. Forced ones are only forgotten:
+        a reader that holds a pin must not meet a hole, and the next download overwrites them in place.
+        """
         victims = []
         for index in indices:
             chunk = stored.chunks.get(index)
@@ -435,13 +472,14 @@ class Store:
         with trio.CancelScope(shield=True):
             async with self._commit_lock:
                 try:
-                    await trio.to_thread.run_sync(self._evict_sync, stored, victims)
+                    await trio.to_thread.run_sync(self._evict_sync, stored, victims, not force)
                 except (OSError, lmdb.Error) as error:
                     log.error("cannot evict from %s: %s", self.directory, error)
                 finally:
                     stored.evicting.difference_update(victims)
         # No checkpoint between this check and the unlink: whoever opens the file next makes a new one.
-        if not stored.chunks and not stored.users and not stored.evicting and stored.descriptor < 0:
+        if not stored.chunks and not stored.users and not stored.evicting:
+            self._close_descriptor(stored)
             files.data_path(self.data_directory, stored.info.number).unlink(missing_ok=True)
         freed = sum(len(stored.info.chunk_range(index)) for index in victims)
         self.resident_bytes -= freed
@@ -450,9 +488,11 @@ class Store:
         self._metrics.store_bytes.set(self.resident_bytes)
         return freed
 
-    def _evict_sync(self, stored: StoredObject, victims: list[int]) -> None:
+    def _evict_sync(self, stored: StoredObject, victims: list[int], punch: bool) -> None:
         """Forget first, punch second: a crash in between leaves unrecorded bytes, never a record without bytes."""
         self._index.forget(stored.info.number, victims)
+        if not punch:
+            return
         path = files.data_path(self.data_directory, stored.info.number)
         files.punch(path, [stored.info.chunk_range(index) for index in victims])
 
@@ -475,8 +515,14 @@ class Store:
     # -- recovery -----------------------------------------------------------------------------------
 
     def backing_descriptor(self, stored: StoredObject) -> int | None:
-        """Return a new read-only descriptor of a complete object's data file, or ``None``."""
+        """Return a new read-only descriptor of a complete, trusted data file, or ``None``.
+
+        Trusted: checked or written by this process, or recorded durably and not touched since. Beyond that
+        point a passed-through file is as sound as any file on that disk.
+        """
         if not stored.info.size or not stored.complete or stored.evicting:
+            return None
+        if not stored.untouched and not all(chunk.all_verified for chunk in stored.chunks.values()):
             return None
         try:
             return os.open(files.data_path(self.data_directory, stored.info.number), os.O_RDONLY | os.O_CLOEXEC)

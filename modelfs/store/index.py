@@ -11,7 +11,7 @@ import json
 import struct
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lmdb
@@ -30,11 +30,15 @@ _RESIDENT = b"resident_bytes"
 
 @dataclass(frozen=True, slots=True)
 class ObjectRow:
-    """What the index holds of one object version; ``used`` is in whole seconds since the epoch."""
+    """What the index holds of one object version; ``used`` is in whole seconds since the epoch.
+
+    ``stamp`` is the data file's st_mtime_ns when its last chunk was recorded.
+    """
 
     info: ObjectInfo
     used: int
     resident: int
+    stamp: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +134,8 @@ class Index:
 
     # -- writing ------------------------------------------------------------------------------------
 
-    def record(self, chunks: Iterable[NewChunk], used: dict[int, int]) -> None:
-        """Record durable chunks and times of use in one durable transaction."""
+    def record(self, chunks: Iterable[NewChunk], used: dict[int, int], stamps: dict[int, int]) -> None:
+        """Record durable chunks, times of use and the data files' stamps in one durable transaction."""
         with self._env.begin(write=True) as txn:
             total = int(txn.get(_RESIDENT, b"0", db=self._meta))
             rows: dict[int, ObjectRow] = {}
@@ -143,13 +147,13 @@ class Index:
                     grown = len(chunk.info.chunk_range(chunk.index))
                 else:
                     txn.put(_CHUNK.pack(number, chunk.index), chunk.sums, db=self._chunks)
-                rows[number] = ObjectRow(row.info, row.used, row.resident + grown)
+                rows[number] = replace(row, resident=row.resident + grown, stamp=stamps.get(number, row.stamp))
                 total += grown
             for number, moment in used.items():
                 known = rows.get(number) or self._row(txn, number)
                 if known is not None:
                     txn.delete(_LRU.pack(known.used, number), db=self._lru)
-                    rows[number] = ObjectRow(known.info, moment, known.resident)
+                    rows[number] = replace(known, used=moment)
             for number, row in rows.items():
                 txn.put(_LRU.pack(row.used, number), b"", db=self._lru)
                 txn.put(_NUMBER.pack(number), _encode(row), db=self._objects)
@@ -172,7 +176,7 @@ class Index:
             else:
                 txn.put(
                     _NUMBER.pack(number),
-                    _encode(ObjectRow(row.info, row.used, row.resident - shrunk)),
+                    _encode(replace(row, resident=row.resident - shrunk)),
                     db=self._objects,
                 )
             total = int(txn.get(_RESIDENT, b"0", db=self._meta)) - shrunk
@@ -199,10 +203,19 @@ def _listing_key(source: str) -> bytes:
 def _encode(row: ObjectRow) -> bytes:
     identity = row.info.id
     return json.dumps(
-        [identity.origin, identity.key, identity.version, row.info.size, row.info.mtime_ns, row.used, row.resident]
+        [
+            identity.origin,
+            identity.key,
+            identity.version,
+            row.info.size,
+            row.info.mtime_ns,
+            row.used,
+            row.resident,
+            row.stamp,
+        ]
     ).encode()
 
 
 def _decode(value: bytes) -> ObjectRow:
-    origin, key, version, size, mtime_ns, used, resident = json.loads(value)
-    return ObjectRow(ObjectInfo(ObjectId(origin, key, version), size, mtime_ns), used, resident)
+    origin, key, version, size, mtime_ns, used, resident, stamp = json.loads(value)
+    return ObjectRow(ObjectInfo(ObjectId(origin, key, version), size, mtime_ns), used, resident, stamp)

@@ -55,7 +55,7 @@ bench: .venv/.ready servers ## medians and ratios beside s5cmd and the local fil
 	@.venv/bin/python -m bench.reads
 
 .venv-engines/.ready: tests/engines/requirements.txt
-	@.ci/system-packages python3-venv gcc libc6-dev libnuma1
+	@.ci/system-packages python3-venv python3-dev gcc g++ cmake libc6-dev libnuma1
 	@test -x .venv-engines/bin/python || $(PYTHON) -m venv .venv-engines
 	@.venv-engines/bin/python -m pip install --quiet --disable-pip-version-check -r tests/engines/requirements.txt
 	@.venv-engines/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec

@@ -129,6 +129,26 @@ def serve_and_complete(engine_python, path, log_path) -> dict:
             server.wait()
 
 
+def complete_gguf(engine_python, path, how) -> str:
+    done = subprocess.run(
+        [engine_python, str(HERE / "generate_gguf.py"), str(path), how],
+        env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("how", ["mmap", "read"])
+def test_llama_cpp(engine_python, bucket, tmp_path, how):
+    local = tmp_path / "model.gguf"
+    subprocess.run([engine_python, str(HERE / "make_gguf.py"), str(local)], check=True, timeout=300)
+    bucket.client.upload_file(str(local), bucket.name, "m/model.gguf")
+    with Mounted(bucket.store, [bucket.uri("m/")], tmp_path) as mount:
+        text = complete_gguf(engine_python, mount.path / "model.gguf", how)
+    assert text == complete_gguf(engine_python, local, how)
+    assert text
+
+
 def check_overlap(watch) -> None:
     assert watch.at_first_open is not None, "no weight file was seen open"
     resident, size = watch.at_first_open

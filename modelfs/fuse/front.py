@@ -16,6 +16,7 @@ import logging
 import os
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -32,6 +33,9 @@ OWN_XATTR_PREFIX = b"user.modelfs."
 _CACHED, _PASSED = 0, 1
 _MAX_BATCH = 64
 """Requests taken before the loop gets a turn."""
+_SPIN_SECONDS = 0.0001
+"""ls -l asks two extended attributes of every entry, one at a time; going to sleep between two of them takes
+longer than the answer (10 000 entries: 1.2 s, 0.7 s when spinning)."""
 
 
 class Reply:
@@ -169,20 +173,32 @@ class Front:
         view = memoryview(buffer)
         while True:
             await trio.lowlevel.wait_readable(self._descriptor)
+            spin_until = 0.0
             for _ in range(_MAX_BATCH):
                 try:
-                    size = os.readv(self._descriptor, [buffer])
-                except BlockingIOError:
-                    break
+                    size = self._receive(buffer, spin_until)
                 except OSError as error:
                     if error.errno == errno.ENODEV:
                         return
                     if error.errno in {errno.ENOENT, errno.EINTR}:
                         continue  # the request was interrupted while it was handed over
                     raise
-                self._dispatch(view[:size])
+                if not size:
+                    break
+                if self._dispatch(view[:size]) == protocol.GETXATTR:
+                    spin_until = time.monotonic() + _SPIN_SECONDS
 
-    def _dispatch(self, message: memoryview) -> None:
+    def _receive(self, buffer: bytearray, spin_until: float) -> int:
+        """Return the size of the next request, 0 if there is none before ``spin_until`` (monotonic seconds)."""
+        while True:
+            try:
+                return os.readv(self._descriptor, [buffer])
+            except BlockingIOError:
+                if time.monotonic() >= spin_until:
+                    return 0
+
+    def _dispatch(self, message: memoryview) -> int:
+        """Answer or forward one request; return its opcode."""
         header = protocol.parse_header(message)
         body = message[protocol.IN_HEADER.size :]
         count = self._request_counts.get(header.opcode, self._other_count)
@@ -196,6 +212,7 @@ class Front:
         elif header.opcode not in {protocol.FORGET, protocol.BATCH_FORGET}:
             # Inode numbers are derived from the objects, so nothing is kept per lookup and nothing to forget.
             self._forward(bytes(message))
+        return header.opcode
 
     # -- the namespace ------------------------------------------------------------------------------
 

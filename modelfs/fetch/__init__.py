@@ -17,16 +17,30 @@ import mmap
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 
 import trio
 
 from modelfs.chunks import CHUNK_BYTES, MIB, ByteRange, ObjectInfo, chunks_of
-from modelfs.errors import ModelfsError, ObjectChangedError, OriginError, ReadTimeoutError
+from modelfs.errors import ObjectChangedError, OriginError, ReadTimeoutError
+from modelfs.fetch.pace import INTERVAL_SECONDS, Pace
+from modelfs.fetch.runs import (
+    DEMAND_BUFFERS,
+    DEMAND_RUNS,
+    Active,
+    Ahead,
+    GivenUpError,
+    PlanItem,
+    Planned,
+    Pool,
+    Run,
+    RunSink,
+    Waiter,
+)
 from modelfs.metrics import Metrics
 from modelfs.origins import Origin
 from modelfs.store import Store, StoredObject
-from modelfs.store.files import checksum
+
+__all__ = ["Fetch", "PlanItem", "default_budget"]
 
 log = logging.getLogger(__name__)
 
@@ -34,135 +48,14 @@ MAX_RUNS = 16
 """Downloads at once: at 90 MB/s per connection these fill 10 Gbit/s; more contend for the interpreter lock."""
 MAX_RUN_CHUNKS = 4
 """Longest run in chunks (32 MiB): beyond it the request's latency is under 6 % at 90 MB/s."""
-SLICE_BYTES = 256 * 1024
-FIRST_SLICE_BYTES = 64 * 1024
-"""Bytes received before waiting readers are looked at: small at first, for the first byte's sake."""
 STALL_SECONDS = 10.0
 """A run that gained no slice for so long is broken off and resumed on another connection."""
 READ_DEADLINE_SECONDS = 60.0
 """Longest wait of a reader without progress."""
-DEMAND_BUFFERS = 2
-DEMAND_RUNS = 2
-"""Buffers and downloads that only demand may take, so that no plan can starve a reader."""
 WINDOW_CHUNKS = 8
 """Largest read-ahead, in chunks, of a file that is read in order but not prefetched."""
 _RETRY_SECONDS = 0.5
 _PLAN_BACKOFF_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-
-
-class _GivenUpError(Exception):
-    """Nobody wants the rest of this run."""
-
-
-@dataclass(slots=True, eq=False)
-class _Waiter:
-    """A reader that needs the chunk filled up to ``needed``."""
-
-    needed: int
-    event: trio.Event = field(default_factory=trio.Event)
-    error: ModelfsError | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Active:
-    """A chunk that has a buffer. ``filled`` is written by the run's thread, everything else by the loop."""
-
-    stored: StoredObject
-    index: int
-    span: ByteRange
-    buffer: mmap.mmap
-    view: memoryview
-    reserved: bool
-    demand: bool
-    filled: int = 0
-    needed: int = CHUNK_BYTES + 1
-    waiters: list[_Waiter] = field(default_factory=list)
-    refs: int = 0
-    complete: bool = False
-    writing: bool = False
-
-    @property
-    def key(self) -> tuple[int, int]:
-        return self.stored.info.number, self.index
-
-
-@dataclass(slots=True, eq=False)
-class _Run:
-    """One GET. ``stop`` may be lowered while it runs, when demand takes a later chunk out of it.
-
-    ``at`` is the chunk it has reached. Where there is no demand, ``since`` is the time (seconds since the
-    epoch) at which the download was asked for: what was used later is not evicted for it.
-    """
-
-    stored: StoredObject
-    start: int
-    stop: int
-    demand: bool
-    abort: Callable[[], None] | None = None
-    progress: int = 0
-    seen: int = 0
-    seen_at: float = 0.0
-    waiting_for_buffer: bool = False
-    refused: bool = False
-    at: int = 0
-    since: float = 0.0
-
-    @property
-    def chunks(self) -> range:
-        return range(self.start, self.stop)
-
-
-@dataclass(slots=True, eq=False)
-class _Ahead:
-    """A file being read: where the reader is, and how far ahead of it to download."""
-
-    stored: StoredObject
-    cursor: int
-    window: int
-    since: float = field(default_factory=time.time)
-
-
-@dataclass(slots=True, eq=False, order=False)
-class _Planned:
-    """An item of the plan on its way: chunks before ``next`` have had their turn, evicted since or not."""
-
-    item: "PlanItem"
-    next: int
-    since: float = field(default_factory=time.time)
-
-
-@dataclass(frozen=True, slots=True)
-class PlanItem:
-    """A span of an object that should become local, in the order of the plan."""
-
-    info: ObjectInfo
-    span: ByteRange
-
-
-class _Pool:
-    """Chunk buffers, allocated once and reused: fresh memory costs more than receiving into it."""
-
-    def __init__(self, budget_bytes: int, metrics: Metrics) -> None:
-        self.capacity = max(DEMAND_BUFFERS + 2, budget_bytes // CHUNK_BYTES)
-        self._free: list[mmap.mmap] = []
-        self._made = 0
-        self.used = 0
-        self._metrics = metrics
-
-    def take(self, *, demand: bool) -> mmap.mmap | None:
-        if self.used >= self.capacity - (0 if demand else DEMAND_BUFFERS):
-            return None
-        self.used += 1
-        self._metrics.buffer_bytes.set(self.used * CHUNK_BYTES)
-        if self._free:
-            return self._free.pop()
-        self._made += 1
-        return mmap.mmap(-1, CHUNK_BYTES)
-
-    def give(self, buffer: mmap.mmap) -> None:
-        self.used -= 1
-        self._metrics.buffer_bytes.set(self.used * CHUNK_BYTES)
-        self._free.append(buffer)
 
 
 class Fetch:
@@ -192,23 +85,25 @@ class Fetch:
         self._store = store
         self._origins = origins
         self._metrics = metrics
-        self._pool = _Pool(budget_bytes, metrics)
+        self._pool = Pool(budget_bytes, metrics)
         self._whole_files = whole_files
         self._on_changed = on_changed
-        self._active: dict[tuple[int, int], _Active] = {}
-        self._owner: dict[tuple[int, int], _Run] = {}
+        self._active: dict[tuple[int, int], Active] = {}
+        self._owner: dict[tuple[int, int], Run] = {}
         self._demand: list[tuple[int, int, StoredObject]] = []
-        self._demand_waiters: dict[tuple[int, int], list[_Waiter]] = {}
-        self._ahead: OrderedDict[int, _Ahead] = OrderedDict()
-        self._plan: list[tuple[int, int, _Planned]] = []
+        self._demand_waiters: dict[tuple[int, int], list[Waiter]] = {}
+        self._ahead: OrderedDict[int, Ahead] = OrderedDict()
+        self._plan: list[tuple[int, int, Planned]] = []
         self._sequence = itertools.count()
-        self._runs: set[_Run] = set()
+        self._runs: set[Run] = set()
         self._writes = 0
         self._work = trio.Event()
         self._plan_failures = 0
         self._plan_resume = 0.0
         self._write_limiter = trio.CapacityLimiter(2)
         self._max_runs = max_runs
+        self._pace = Pace(max(1, max_runs - DEMAND_RUNS))
+        self._ended_runs_bytes = 0
         self._run_limiter = trio.CapacityLimiter(max_runs)
         self._progressed = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -238,7 +133,7 @@ class Fetch:
             active = self._active.get(key)
             if active is not None and active.filled > reached:
                 reached, deadline = active.filled, trio.current_time() + READ_DEADLINE_SECONDS
-            waiter = _Waiter(needed)
+            waiter = Waiter(needed)
             self._wait_for(stored, index, waiter)
             with trio.move_on_at(deadline) as scope:
                 try:
@@ -270,7 +165,7 @@ class Fetch:
         last = (span.stop - 1) // CHUNK_BYTES
         ahead = self._ahead.get(stored.info.number)
         if ahead is None:
-            ahead = self._ahead[stored.info.number] = _Ahead(stored, last, 0)
+            ahead = self._ahead[stored.info.number] = Ahead(stored, last, 0)
         else:
             self._ahead.move_to_end(stored.info.number, last=False)
         if last in {ahead.cursor, ahead.cursor + 1}:
@@ -284,7 +179,7 @@ class Fetch:
     def submit(self, items: Iterable[PlanItem], rank: int) -> None:
         """Add to the plan; lower ranks come first, equal ones in the order given."""
         for item in items:
-            planned = _Planned(item, chunks_of(item.span).start)
+            planned = Planned(item, chunks_of(item.span).start)
             heapq.heappush(self._plan, (rank, next(self._sequence), planned))
         self._work.set()
 
@@ -305,6 +200,7 @@ class Fetch:
         """Return the engine's current numbers."""
         return {
             "runs": len(self._runs),
+            "runs_allowed": self._pace.allowed,
             "buffers_used": self._pool.used,
             "buffers": self._pool.capacity,
             "plan_items": len(self._plan),
@@ -314,7 +210,7 @@ class Fetch:
 
     # -- waiting ------------------------------------------------------------------------------------
 
-    def _wait_for(self, stored: StoredObject, index: int, waiter: _Waiter) -> None:
+    def _wait_for(self, stored: StoredObject, index: int, waiter: Waiter) -> None:
         key = (stored.info.number, index)
         active = self._active.get(key)
         if active is not None:
@@ -324,7 +220,7 @@ class Fetch:
             active.demand = True
             active.needed = min(active.needed, waiter.needed)
             if active.filled >= active.needed:  # the thread passed it between the check and this line
-                self._wake(active)
+                self.wake(active)
             return
         waiting = self._demand_waiters.setdefault(key, [])
         waiting.append(waiter)
@@ -336,12 +232,12 @@ class Fetch:
             heapq.heappush(self._demand, (index, next(self._sequence), stored))
         self._work.set()
 
-    def _disown(self, run: _Run, chunks: range) -> None:
+    def _disown(self, run: Run, chunks: range) -> None:
         for index in chunks:
             if self._owner.get((run.stored.info.number, index)) is run:
                 del self._owner[run.stored.info.number, index]
 
-    def _stop_waiting(self, key: tuple[int, int], waiter: _Waiter) -> None:
+    def _stop_waiting(self, key: tuple[int, int], waiter: Waiter) -> None:
         waiting = self._demand_waiters.get(key)
         if waiting and waiter in waiting:
             waiting.remove(waiter)
@@ -354,7 +250,7 @@ class Fetch:
             if not active.refs:
                 self._work.set()  # its buffer may be taken now
 
-    def _wake(self, active: _Active) -> None:
+    def wake(self, active: Active) -> None:
         """Let readers go whose bytes are here; runs on the loop."""
         for waiter in active.waiters:
             if active.filled >= waiter.needed:
@@ -369,6 +265,7 @@ class Fetch:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._watch_stalls)
+            nursery.start_soon(self._keep_pace)
             task_status.started()
             try:
                 while True:
@@ -413,7 +310,7 @@ class Fetch:
         key = (stored.info.number, index)
         return index not in stored.chunks and key not in self._active and key not in self._owner
 
-    def _next_run(self) -> _Run | None:
+    def _next_run(self) -> Run | None:
         while self._demand:
             index, _, stored = self._demand[0]
             if (stored.info.number, index) not in self._demand_waiters or not self._wanted(stored, index):
@@ -423,8 +320,8 @@ class Fetch:
                 return None
             else:
                 heapq.heappop(self._demand)
-                return _Run(stored, index, index + 1, demand=True)
-        if len(self._runs) >= max(1, self._max_runs - DEMAND_RUNS):
+                return Run(stored, index, index + 1, demand=True)
+        if len(self._runs) >= self._pace.allowed:
             return None
         if self._pool.used >= self._pool.capacity - DEMAND_BUFFERS and not self._reclaimable():
             return None
@@ -432,7 +329,7 @@ class Fetch:
             return None
         return self._next_ahead() or self._next_planned()
 
-    def _next_ahead(self) -> _Run | None:
+    def _next_ahead(self) -> Run | None:
         for number in list(self._ahead):
             ahead = self._ahead[number]
             count = ahead.stored.info.chunk_count
@@ -454,7 +351,7 @@ class Fetch:
             )
         return None
 
-    def _next_planned(self) -> _Run | None:
+    def _next_planned(self) -> Run | None:
         while self._plan:
             _, _, planned = self._plan[0]
             stored = self._store.object(planned.item.info)
@@ -465,7 +362,7 @@ class Fetch:
             heapq.heappop(self._plan)
         return None
 
-    def _extend(self, since: float, stored: StoredObject, start: int, stop: int) -> _Run:
+    def _extend(self, since: float, stored: StoredObject, start: int, stop: int) -> Run:
         """Return a run from ``start`` over adjacent wanted chunks, shorter when little is left to share out.
 
         Ahead of a reader whom we serve by copy, all runs together span no more than the buffers, so that
@@ -477,11 +374,11 @@ class Fetch:
         end = start + 1
         while end < min(stop, start + longest) and self._wanted(stored, end):
             end += 1
-        return _Run(stored, start, end, demand=False, since=since)
+        return Run(stored, start, end, demand=False, since=since)
 
     # -- running ------------------------------------------------------------------------------------
 
-    def _reclaimable(self) -> _Active | None:
+    def _reclaimable(self) -> Active | None:
         """Return the oldest complete chunk that only lies in memory and that nobody reads."""
         return next(
             (active for active in self._active.values() if active.complete and not active.refs and not active.writing),
@@ -495,7 +392,7 @@ class Fetch:
             buffer = self._pool.take(demand=demand)
         return buffer
 
-    def _begin_chunk(self, run: _Run, index: int) -> _Active | None:
+    def _begin_chunk(self, run: Run, index: int) -> Active | None:
         """Give chunk ``index`` of ``run`` a buffer and make it active; ``None`` if there is no room for it."""
         key = (run.stored.info.number, index)
         waiters = self._demand_waiters.get(key, [])
@@ -516,7 +413,7 @@ class Fetch:
             if reserved:
                 self._store.unreserve(len(span))
             return None
-        active = _Active(run.stored, index, span, buffer, memoryview(buffer)[: len(span)], reserved, demand)
+        active = Active(run.stored, index, span, buffer, memoryview(buffer)[: len(span)], reserved, demand)
         self._active[key] = active
         run.at = index
         active.waiters = self._demand_waiters.pop(key, [])
@@ -524,21 +421,22 @@ class Fetch:
         active.needed = min((waiter.needed for waiter in active.waiters), default=CHUNK_BYTES + 1)
         return active
 
-    async def _run(self, run: _Run, first: _Active) -> None:
+    async def _run(self, run: Run, first: Active) -> None:
         """Own one run from its first buffer to its end."""
         origin = self._origins[run.stored.info.id.origin]
-        sink = _RunSink(self, run, first, trio.lowlevel.current_trio_token())
+        sink = RunSink(self, run, first, trio.lowlevel.current_trio_token())
         span = ByteRange(first.span.start, run.stored.info.chunk_range(run.stop - 1).stop)
         run.seen_at = time.monotonic()
         try:
             await trio.to_thread.run_sync(origin.read_into, run.stored.info, span, sink, limiter=self._run_limiter)
             self._plan_failures = 0
-        except _GivenUpError:
+        except GivenUpError:
             pass
         except OriginError as error:
             self._run_failed(run, sink, error)
         finally:
             self._runs.discard(run)
+            self._ended_runs_bytes += run.progress
             self._metrics.fetch_active.set(len(self._runs))
             if sink.current is not None:
                 self._abandon(sink.current)
@@ -546,7 +444,7 @@ class Fetch:
             self._store.release(run.stored)
             self._work.set()
 
-    def _run_failed(self, run: _Run, sink: "_RunSink", error: OriginError) -> None:
+    def _run_failed(self, run: Run, sink: "RunSink", error: OriginError) -> None:
         if isinstance(error, ObjectChangedError):
             self._on_changed(run.stored.info)
             self._drop_plan(run.stored.info)
@@ -566,7 +464,7 @@ class Fetch:
         self._plan = [entry for entry in self._plan if entry[2].item.info.number != info.number]
         heapq.heapify(self._plan)
 
-    def _abandon(self, active: _Active) -> None:
+    def _abandon(self, active: Active) -> None:
         """Take back an unfinished chunk; its waiters look again and find the failure or ask anew."""
         self._active.pop(active.key, None)
         if active.reserved:
@@ -576,16 +474,16 @@ class Fetch:
         active.waiters.clear()
         self._free(active)
 
-    def _free(self, active: _Active) -> None:
+    def _free(self, active: Active) -> None:
         active.view.release()
         self._pool.give(active.buffer)
         self._work.set()
 
-    def _forget(self, active: _Active) -> None:
+    def _forget(self, active: Active) -> None:
         self._active.pop(active.key, None)
         self._free(active)
 
-    async def next_chunk(self, run: _Run, index: int) -> _Active | None:
+    async def next_chunk(self, run: Run, index: int) -> Active | None:
         """Return the run's next active chunk, or ``None`` if it ends here; called from the run's thread."""
         number = run.stored.info.number
         while index < run.stop and self._owner.get((number, index)) is run:
@@ -605,14 +503,14 @@ class Fetch:
             self._progressed = trio.Event()
         return self._progressed
 
-    def chunk_done(self, run: _Run, active: _Active, sums: bytes) -> None:
+    def chunk_done(self, run: Run, active: Active, sums: bytes) -> None:
         """Take a complete chunk from a run; runs on the loop."""
         active.complete = True
         self._disown(run, range(active.index, active.index + 1))
         self.received_bytes += len(active.span)
         if not active.demand:
             self._metrics.prefetch_bytes.inc(len(active.span))
-        self._wake(active)
+        self.wake(active)
         if not active.reserved:
             reason = "no_room" if self._writes < self._pool.capacity // 2 else "slow_disk"
             self._metrics.store_skipped.labels(reason=reason).inc()
@@ -623,7 +521,7 @@ class Fetch:
         self._writes += 1
         self._nursery.start_soon(self._persist, active, sums)
 
-    async def _persist(self, active: _Active, sums: bytes) -> None:
+    async def _persist(self, active: Active, sums: bytes) -> None:
         """Write a complete chunk to the store.
 
         Where readers copy from us, the bytes go around the page cache (a second copy in RAM that nobody would
@@ -653,6 +551,17 @@ class Fetch:
         self._progressed.set()
         self._work.set()
 
+    async def _keep_pace(self) -> None:
+        while True:
+            if not self._runs:
+                await self._work.wait()
+            await trio.sleep(INTERVAL_SECONDS)
+            received = self._ended_runs_bytes + sum(run.progress for run in self._runs)
+            before = self._pace.allowed
+            self._pace.look(time.monotonic(), received, saturated=len(self._runs) >= before)
+            if self._pace.allowed > before:
+                self._work.set()
+
     async def _watch_stalls(self) -> None:
         """Break off runs that gain nothing; the origin resumes them at the byte reached."""
         while True:
@@ -670,46 +579,6 @@ class Fetch:
                 self._plan_resume = 0.0
                 self._work.set()
             self._progressed.set()
-
-
-class _RunSink:
-    """A run's buffers as the origin sees them. Lives in the run's thread; crosses to the loop per chunk."""
-
-    def __init__(self, fetch: Fetch, run: _Run, first: _Active, token: trio.lowlevel.TrioToken) -> None:
-        self._fetch = fetch
-        self._run = run
-        self._token = token
-        self.current: _Active | None = first
-        self._index = first.index
-
-    def space(self) -> memoryview:
-        if self._fetch.closing:
-            raise _GivenUpError
-        if self.current is None:
-            self.current = trio.from_thread.run(self._fetch.next_chunk, self._run, self._index)
-            if self.current is None:
-                raise _GivenUpError
-        filled = self.current.filled
-        return self.current.view[filled : filled + (SLICE_BYTES if filled else FIRST_SLICE_BYTES)]
-
-    def advance(self, count: int) -> None:
-        active = self.current
-        assert active is not None
-        active.filled += count
-        self._run.progress += count
-        if active.filled == len(active.span):
-            sums = checksum(active.view)
-            self.current = None
-            self._index += 1
-            self._token.run_sync_soon(self._fetch.chunk_done, self._run, active, sums)
-        elif active.filled >= active.needed:
-            active.needed = CHUNK_BYTES + 1
-            self._token.run_sync_soon(self._fetch._wake, active)
-
-    def connected(self, abort: Callable[[], None]) -> None:
-        if self._fetch.closing:
-            raise _GivenUpError
-        self._run.abort = abort
 
 
 def default_budget(available_bytes: int) -> int:

@@ -1,0 +1,203 @@
+"""What the fetch engine moves: waiting readers, chunks with a buffer, runs, and the sink of a run.
+
+Records without behaviour of their own, but for the pool of buffers and ``RunSink``, the only code that
+works in a run's thread: it fills buffers and crosses to the loop per chunk, or when a reader waits.
+"""
+
+import mmap
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
+
+from modelfs.chunks import CHUNK_BYTES, ByteRange, ObjectInfo
+from modelfs.errors import ModelfsError
+from modelfs.metrics import Metrics
+from modelfs.store import StoredObject
+from modelfs.store.files import checksum
+
+SLICE_BYTES = 256 * 1024
+FIRST_SLICE_BYTES = 64 * 1024
+"""Bytes received before waiting readers are looked at: small at first, for the first byte's sake."""
+DEMAND_BUFFERS = 2
+DEMAND_RUNS = 2
+"""Buffers and downloads that only demand may take, so that no plan can starve a reader."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanItem:
+    """A span of an object that should become local, in the order of the plan."""
+
+    info: ObjectInfo
+    span: ByteRange
+
+
+class GivenUpError(Exception):
+    """Nobody wants the rest of this run."""
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """A reader that needs the chunk filled up to ``needed``."""
+
+    needed: int
+    event: trio.Event = field(default_factory=trio.Event)
+    error: ModelfsError | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Active:
+    """A chunk that has a buffer. ``filled`` is written by the run's thread, everything else by the loop."""
+
+    stored: StoredObject
+    index: int
+    span: ByteRange
+    buffer: mmap.mmap
+    view: memoryview
+    reserved: bool
+    demand: bool
+    filled: int = 0
+    needed: int = CHUNK_BYTES + 1
+    waiters: list[Waiter] = field(default_factory=list)
+    refs: int = 0
+    complete: bool = False
+    writing: bool = False
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Object number and chunk number."""
+        return self.stored.info.number, self.index
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One GET. ``stop`` may be lowered while it runs, when demand takes a later chunk out of it.
+
+    ``at`` is the chunk it has reached. Where there is no demand, ``since`` is the time (seconds since the
+    epoch) at which the download was asked for: what was used later is not evicted for it.
+    """
+
+    stored: StoredObject
+    start: int
+    stop: int
+    demand: bool
+    abort: Callable[[], None] | None = None
+    progress: int = 0
+    seen: int = 0
+    seen_at: float = 0.0
+    waiting_for_buffer: bool = False
+    refused: bool = False
+    at: int = 0
+    since: float = 0.0
+
+    @property
+    def chunks(self) -> range:
+        """The chunks still meant to come with this run."""
+        return range(self.start, self.stop)
+
+
+@dataclass(slots=True, eq=False)
+class Ahead:
+    """A file being read: where the reader is, and how far ahead of it to download."""
+
+    stored: StoredObject
+    cursor: int
+    window: int
+    since: float = field(default_factory=time.time)
+
+
+@dataclass(slots=True, eq=False)
+class Planned:
+    """An item of the plan on its way: chunks before ``next`` have had their turn, evicted since or not."""
+
+    item: PlanItem
+    next: int
+    since: float = field(default_factory=time.time)
+
+
+class Pool:
+    """Chunk buffers, allocated once and reused: fresh memory costs more than receiving into it."""
+
+    def __init__(self, budget_bytes: int, metrics: Metrics) -> None:
+        self.capacity = max(DEMAND_BUFFERS + 2, budget_bytes // CHUNK_BYTES)
+        self._free: list[mmap.mmap] = []
+        self._made = 0
+        self.used = 0
+        self._metrics = metrics
+
+    def take(self, *, demand: bool) -> mmap.mmap | None:
+        """Return a free buffer, or ``None`` if the budget is used up."""
+        if self.used >= self.capacity - (0 if demand else DEMAND_BUFFERS):
+            return None
+        self.used += 1
+        self._metrics.buffer_bytes.set(self.used * CHUNK_BYTES)
+        if self._free:
+            return self._free.pop()
+        self._made += 1
+        return mmap.mmap(-1, CHUNK_BYTES)
+
+    def give(self, buffer: mmap.mmap) -> None:
+        """Take a buffer back."""
+        self.used -= 1
+        self._metrics.buffer_bytes.set(self.used * CHUNK_BYTES)
+        self._free.append(buffer)
+
+
+class Engine(Protocol):
+    """What a sink asks of the engine."""
+
+    closing: bool
+
+    async def next_chunk(self, run: Run, index: int) -> Active | None:
+        """Return the run's next chunk, or ``None`` to end the run."""
+
+    def chunk_done(self, run: Run, active: Active, sums: bytes) -> None:
+        """Take a complete chunk; on the loop."""
+
+    def wake(self, active: Active) -> None:
+        """Let readers go whose bytes are there; on the loop."""
+
+
+class RunSink:
+    """A run's buffers as the origin sees them. Lives in the run's thread; crosses to the loop per chunk."""
+
+    def __init__(self, engine: Engine, run: Run, first: Active, token: trio.lowlevel.TrioToken) -> None:
+        self._engine = engine
+        self._run = run
+        self._token = token
+        self.current: Active | None = first
+        self._index = first.index
+
+    def space(self) -> memoryview:
+        """See ``Sink.space``; waits for the next chunk's buffer."""
+        if self._engine.closing:
+            raise GivenUpError
+        if self.current is None:
+            self.current = trio.from_thread.run(self._engine.next_chunk, self._run, self._index)
+            if self.current is None:
+                raise GivenUpError
+        filled = self.current.filled
+        return self.current.view[filled : filled + (SLICE_BYTES if filled else FIRST_SLICE_BYTES)]
+
+    def advance(self, count: int) -> None:
+        """See ``Sink.advance``; tells the loop when a reader's bytes, or a whole chunk, are there."""
+        active = self.current
+        assert active is not None
+        active.filled += count
+        self._run.progress += count
+        if active.filled == len(active.span):
+            sums = checksum(active.view)
+            self.current = None
+            self._index += 1
+            self._token.run_sync_soon(self._engine.chunk_done, self._run, active, sums)
+        elif active.filled >= active.needed:
+            active.needed = CHUNK_BYTES + 1
+            self._token.run_sync_soon(self._engine.wake, active)
+
+    def connected(self, abort: Callable[[], None]) -> None:
+        """See ``Sink.connected``."""
+        if self._engine.closing:
+            raise GivenUpError
+        self._run.abort = abort

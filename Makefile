@@ -62,7 +62,7 @@ bench: .venv/.ready servers ## medians and ratios beside s5cmd and the local fil
 	@touch $@
 
 test-engines: .venv/.ready servers .venv-engines/.ready ## real engines read from the mount (heavy: gigabytes to install)
-	@MODELFS_ENGINE_PYTHON=$(CURDIR)/.venv-engines/bin/python .venv/bin/pytest -m engines tests/engines
+	@MODELFS_ENGINE_PYTHON=$(CURDIR)/.venv-engines/bin/python .venv/bin/pytest -m engines -s tests/engines
 
 clean: ## remove everything the other targets made
 	rm -rf .venv .venv-tools .venv-ministack .venv-engines .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results

@@ -58,18 +58,14 @@ class Status:
         self._starts = starts
         self._supervisor_pid = supervisor_pid
         self._began = time.monotonic()
-        self._rate = (time.monotonic(), 0, 0.0)
+        self._rates = _Rates()
 
-    def rate(self) -> float:
-        """Return the origin's recent rate in bytes per second."""
-        then, bytes_then, rate = self._rate
-        now, received = time.monotonic(), self._fetch.received_bytes
-        if now - then >= _RATE_WINDOW_SECONDS:
-            rate = (received - bytes_then) / (now - then)
-            self._rate = (now, received, rate)
-        return rate
+    def _take_rates(self) -> None:
+        """Look at every file's resident bytes, so that rates can be told from the difference."""
+        files = self._tree().root.walk()
+        self._rates.look(time.monotonic(), {file.inode: self._store.object(file.info).resident_bytes for file in files})
 
-    def file(self, file: File, rate: float) -> dict[str, Any]:
+    def file(self, file: File) -> dict[str, Any]:
         """Return one file's state."""
         stored = self._store.object(file.info)
         left = file.info.size - stored.resident_bytes
@@ -80,15 +76,18 @@ class Status:
             "resident": stored.resident_bytes,
             "state": state,
         }
-        if stored.users:
+        if stored.passed or stored.copied:
             answer["in_use"] = "passthrough" if stored.passed else "cached"
+        rate = self._rates.of(file.inode)
         if left and rate > 0:
+            answer["rate_bytes_per_second"] = round(rate)
             answer["eta_seconds"] = round(left / rate, 1)
         return answer
 
     def overview(self) -> dict[str, Any]:
         """Return the document of /v1/status."""
-        store, rate, tuning = self._store, self.rate(), self._tuning()
+        store, tuning = self._store, self._tuning()
+        self._take_rates()
         reads = {
             tier: _value(self._metrics.registry, "modelfs_reads_total", tier=tier)
             for tier in ("memory", "store", "origin")
@@ -119,17 +118,18 @@ class Status:
             },
             "origin": {
                 "bytes": int(_value(self._metrics.registry, "modelfs_origin_bytes_total")),
-                "rate_bytes_per_second": round(rate),
+                "rate_bytes_per_second": round(self._rates.total),
             },
             "fetch": self._fetch.statistics(),
             "skipped_keys": dict(self._tree().skipped),
-            "sources": [self._source(source.uri, source.name, rate) for source in self._config.sources],
+            "sources": [self._source(source.uri, source.name) for source in self._config.sources],
         }
 
-    def _source(self, uri: str, name: str, rate: float) -> dict[str, Any]:
+    def _source(self, uri: str, name: str) -> dict[str, Any]:
         top = self._tree().find(name)
         files = list(top.walk()) if isinstance(top, Directory) else []
-        shown = [self.file(file, rate) for file in files[:FILES_SHOWN]]
+        rate = sum(self._rates.of(file.inode) for file in files)
+        shown = [self.file(file) for file in files[:FILES_SHOWN]]
         size = sum(file.info.size for file in files)
         resident = sum(self._store.object(file.info).resident_bytes for file in files)
         answer: dict[str, Any] = {
@@ -139,6 +139,7 @@ class Status:
             "size": size,
             "resident": resident,
             "state": "complete" if resident == size else "partial" if resident else "remote",
+            "rate_bytes_per_second": round(rate),
             "files": shown,
         }
         if resident < size and rate > 0:
@@ -167,7 +168,6 @@ class Status:
             "share": resident / size if size else 1.0,
             "heads": all(self._heads_local(file) for file in files),
             "complete": resident == size,
-            "rate_bytes_per_second": round(self.rate()),
         }
 
     def _heads_local(self, file: File) -> bool:
@@ -195,6 +195,33 @@ class Status:
             (PlanItem(file.info, ByteRange(0, file.info.size)) for file in files if file.info.size), RANK_SMALL
         )
         return {"missing": missing, "files_count": len(files), "size": sum(file.info.size for file in files)}
+
+
+class _Rates:
+    """Bytes per second that files grew by, between two looks at least a second apart."""
+
+    def __init__(self) -> None:
+        self._then = 0.0
+        self._resident: dict[int, int] = {}
+        self._rates: dict[int, float] = {}
+
+    def look(self, now: float, resident: dict[int, int]) -> None:
+        """Take notice of the resident bytes of all files at ``now`` (seconds, monotonic)."""
+        elapsed = now - self._then
+        if elapsed < _RATE_WINDOW_SECONDS:
+            return
+        grown = {number: size - self._resident.get(number, size) for number, size in resident.items()}
+        self._rates = {number: size / elapsed for number, size in grown.items() if size > 0}
+        self._then, self._resident = now, resident
+
+    def of(self, number: int) -> float:
+        """Return one file's rate."""
+        return self._rates.get(number, 0.0)
+
+    @property
+    def total(self) -> float:
+        """The rate of all files."""
+        return sum(self._rates.values())
 
 
 def _value(registry: CollectorRegistry, name: str, **labels: str) -> float:

@@ -338,6 +338,7 @@ def test_prefetch_skips_duplicates_until_opened(bucket, mounted):
     data = bucket.put("m/pytorch_model.bin", some_bytes(2 * CHUNK_BYTES, 1))
     mount = mounted(bucket, prefix="m/")
     mount.wait_complete()
+    assert not any("in_use" in file for file in mount.status()["sources"][0]["files"])
     states = {file["path"]: file["state"] for file in mount.status()["sources"][0]["files"]}
     assert states == {"config.json": "complete", "model.safetensors": "complete", "pytorch_model.bin": "remote"}
     assert (mount.path / "pytorch_model.bin").read_bytes() == data

@@ -9,6 +9,7 @@ from typing import Any
 from modelfs.cli.client import locate, status_of
 from modelfs.cli.progress import human_bytes, human_seconds
 from modelfs.errors import ModelfsError
+from modelfs.fuse.protocol import MAX_BACKGROUND
 from modelfs.fuse.tuning import mounts
 
 _FILES_SHOWN = 20
@@ -56,7 +57,7 @@ def _text(status: dict[str, Any]) -> str:
         f"  reads   hit rate {hit} (memory {reads['memory']}, store {reads['store']}, origin {reads['origin']})",
         f"  origin  {human_bytes(origin['bytes'])} received, {human_bytes(rate)}/s now",
         f"  kernel  passthrough {_on(kernel['passthrough'])}, resend {_on(kernel['resend'])}, "
-        f"read-ahead {kernel['read_ahead_kib']} KiB",
+        f"read-ahead {kernel['read_ahead_kib']} KiB, max_background {_background(kernel['max_background'])}",
     ]
     lines += [f"          {hint}" for hint in kernel["hints"]]
     for source in status["sources"]:
@@ -72,6 +73,10 @@ def _text(status: dict[str, Any]) -> str:
         if source["files_count"] > _FILES_SHOWN:
             lines.append(f"    and {source['files_count'] - _FILES_SHOWN} more")
     return "\n".join(lines)
+
+
+def _background(value: int) -> str:
+    return str(value) if value >= 0 else f"{MAX_BACKGROUND} asked for (not readable: fusectl is not mounted)"
 
 
 def _on(value: bool) -> str:

@@ -123,7 +123,6 @@ class Pool:
     def __init__(self, budget_bytes: int, metrics: Metrics) -> None:
         self.capacity = max(DEMAND_BUFFERS + 2, budget_bytes // CHUNK_BYTES)
         self._free: list[mmap.mmap] = []
-        self._made = 0
         self.used = 0
         self._metrics = metrics
 
@@ -135,7 +134,6 @@ class Pool:
         self._metrics.buffer_bytes.set(self.used * CHUNK_BYTES)
         if self._free:
             return self._free.pop()
-        self._made += 1
         return mmap.mmap(-1, CHUNK_BYTES)
 
     def give(self, buffer: mmap.mmap) -> None:

@@ -142,10 +142,6 @@ class Front:
         """The path to give to ``pyfuse3.init`` as its mountpoint."""
         return f"/dev/fd/{self._theirs.fileno()}"
 
-    def statistics(self) -> dict[str, int]:
-        """Return the number of open inodes."""
-        return {"open_inodes": len(self._opens.inodes())}
-
     def count_error(self, op: str, code: int) -> None:
         """Count an error reply."""
         self._metrics.fuse_errors.labels(op=op, errno=errno.errorcode.get(code, str(code))).inc()

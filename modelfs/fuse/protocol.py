@@ -5,7 +5,6 @@ passes unchanged to pyfuse3. All integers are little- or big-endian as the machi
 beside a constant names the protocol version that brought it.
 """
 
-import errno
 import os
 import struct
 from dataclasses import dataclass
@@ -27,8 +26,6 @@ OPEN_OUT = struct.Struct("=QIi")
 READ_IN = struct.Struct("=QQIIQII")
 # struct fuse_release_in: fh, flags, release_flags, lock_owner
 RELEASE_IN = struct.Struct("=QIIQ")
-# struct fuse_interrupt_in: unique
-INTERRUPT_IN = struct.Struct("=Q")
 # struct fuse_getxattr_in: size, padding; the NUL-ended name follows
 GETXATTR_IN = struct.Struct("=II")
 # struct fuse_backing_map (7.40): fd, flags, padding
@@ -63,7 +60,6 @@ OPCODE_NAMES = {
 # INIT flags; those of bit 32 and up travel in flags2.
 ASYNC_READ = 1 << 0
 DO_READDIRPLUS = 1 << 13  # 7.21
-READDIRPLUS_AUTO = 1 << 14  # 7.21
 ASYNC_DIO = 1 << 15  # 7.22
 PARALLEL_DIROPS = 1 << 18  # 7.25
 MAX_PAGES = 1 << 22  # 7.28
@@ -184,7 +180,3 @@ def error_reply(unique: int, code: int) -> bytes:
 def resend_notification() -> bytes:
     """Return FUSE_NOTIFY_RESEND: the kernel queues unanswered requests again."""
     return OUT_HEADER.pack(OUT_HEADER.size, NOTIFY_RESEND, 0)
-
-
-GONE_ERRNOS = frozenset({errno.ENOENT, errno.EINVAL})
-"""Errnos of a reply to a request that the kernel no longer waits for (interrupted, or aborted)."""

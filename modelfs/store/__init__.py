@@ -82,11 +82,6 @@ class StoredObject:
         """Whether every byte is resident."""
         return self.resident_bytes == self.info.size
 
-    @property
-    def durable(self) -> bool:
-        """Whether every byte is resident and recorded."""
-        return self.complete and all(chunk.durable for chunk in self.chunks.values())
-
     def missing(self, span: ByteRange) -> list[int]:
         """Return the chunks of ``span`` that are not resident."""
         return [index for index in chunks_of(span) if index not in self.chunks]

@@ -524,17 +524,16 @@ class Fetch:
     async def _persist(self, active: Active, sums: bytes) -> None:
         """Write a complete chunk to the store.
 
-        Where readers copy from us, the bytes go around the page cache (a second copy in RAM that nobody would
-        read) and stay in the buffer until it is needed; else into it, where passthrough finds them.
+        The bytes go around the page cache and stay in the buffer until it is needed: copying them into fresh
+        pages would take longer than receiving them (a 1 GiB model: 2.8 s in all instead of 1.3).
         """
         stored = active.stored
         size = len(active.span)
-        direct = stored.copied
         self._store.acquire(stored)
         try:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(
-                    self._store.write_sync, stored, active.index, active.view, direct, limiter=self._write_limiter
+                    self._store.write_sync, stored, active.index, active.view, limiter=self._write_limiter
                 )
         except OSError as error:
             active.reserved = False
@@ -546,8 +545,6 @@ class Fetch:
             self._writes -= 1
             active.writing = False
             self._store.release(stored)
-        if active.index in stored.chunks and not direct and not active.refs:
-            self._forget(active)
         self._progressed.set()
         self._work.set()
 

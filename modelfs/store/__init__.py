@@ -346,14 +346,14 @@ class Store:
         """Give a reservation back."""
         self.reserved_bytes -= size
 
-    def write_sync(self, stored: StoredObject, index: int, data: memoryview, direct: bool) -> None:
-        """Write a chunk's bytes, around the page cache if ``direct``. Called in a worker thread.
+    def write_sync(self, stored: StoredObject, index: int, data: memoryview) -> None:
+        """Write a chunk's bytes, around the page cache where possible. Called in a worker thread.
 
         Raises:
             OSError: The disk is full or broken.
         """
         path = files.data_path(self.data_directory, stored.info.number)
-        files.write_chunk(path, stored.info.size, data, stored.info.chunk_range(index).start, direct=direct)
+        files.write_chunk(path, stored.info.size, data, stored.info.chunk_range(index).start)
 
     def added(self, stored: StoredObject, index: int, sums: bytes) -> None:
         """Take a written, reserved chunk as resident; it is served from now on and recorded soon."""

@@ -45,25 +45,24 @@ def checksum(data: memoryview) -> bytes:
     )
 
 
-def write_chunk(path: Path, size: int, data: memoryview, offset: int, *, direct: bool) -> None:
+def write_chunk(path: Path, size: int, data: memoryview, offset: int) -> None:
     """Write all of ``data`` at ``offset`` (both block-aligned but for the end of the file).
+
+    Whole blocks go around the page cache where the file system can.
 
     Args:
         path: The data file, made at ``size`` bytes if missing.
         size: The object's size.
         data: The chunk, in page-aligned memory.
         offset: Where it lies in the object.
-        direct: Write around the page cache where the file system can.
 
     Raises:
         OSError: As the kernel says (ENOSPC, EIO).
     """
     descriptor = open_data(path, size)
     try:
-        if direct:
-            whole = len(data) & ~(_DIRECT_ALIGNMENT - 1)
-            written = _write_direct(path, data[:whole], offset)
-            data, offset = data[written:], offset + written
+        written = _write_direct(path, data[: len(data) & ~(_DIRECT_ALIGNMENT - 1)], offset)
+        data, offset = data[written:], offset + written
         while data:
             count = os.pwrite(descriptor, data, offset)
             data, offset = data[count:], offset + count
@@ -73,6 +72,8 @@ def write_chunk(path: Path, size: int, data: memoryview, offset: int, *, direct:
 
 def _write_direct(path: Path, data: memoryview, offset: int) -> int:
     """Write with O_DIRECT; return how many bytes were written, 0 where it is not possible."""
+    if not data:
+        return 0
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
     except OSError as error:

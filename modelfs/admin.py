@@ -133,7 +133,7 @@ class Admin:
             return self._ready(query)
         if path == "/v1/status":
             return _json(200, self._answers.status())
-        return _json(404, {"error": f"no such page; there are /metrics, /healthz, /readyz, /v1/status"})  # noqa: F541
+        return _json(404, {"error": "no such page; there are /metrics, /healthz, /readyz, /v1/status"})
 
     def _ready(self, query: dict[str, list[str]]) -> tuple[int, str, bytes]:
         """``?path=`` names a file or directory, ``min`` a resident share from 0 to 1, ``all`` counts every file."""

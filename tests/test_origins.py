@@ -127,33 +127,32 @@ def test_unknown_profile(setting):
         origin(setting.name, profile="nobody")
 
 
-def test_rewritten_credentials_file_needs_no_restart(setting, any_store, monkeypatch, tmp_path):
+@pytest.fixture
+def renewed(setting, any_store, monkeypatch, tmp_path):
+    """An origin made with a refused secret, whose credentials file has been rewritten since."""
+    file = tmp_path / "credentials"
+    text = "[default]\naws_access_key_id = {}\naws_secret_access_key = {}\n"
+    file.write_text(text.format(any_store.access_key, "expired"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    setting.put("k", b"data")
+    made = origin(setting.name)
+    made._client_made -= 10
+    file.write_text(text.format(any_store.access_key, any_store.secret_key))
+    return made
+
+
+def test_rewritten_credentials_file_needs_no_restart(renewed):
     """A key that has been replaced is read again from the file after the first refusal."""
-    file = tmp_path / "credentials"
-    text = "[default]\naws_access_key_id = {}\naws_secret_access_key = {}\n"
-    file.write_text(text.format(any_store.access_key, "expired"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    setting.put("k", b"data")
-    made = origin(setting.name)
-    made._client_made -= 10
-    file.write_text(text.format(any_store.access_key, any_store.secret_key))
-    assert [info.id.key for info in made.list("")] == ["k"]
+    assert [info.id.key for info in renewed.list("")] == ["k"]
 
 
-def test_reads_renew_refused_credentials_too(setting, any_store, monkeypatch, tmp_path):
-    setting.put("k", b"data")
-    info = listed(setting, "k")
-    file = tmp_path / "credentials"
-    text = "[default]\naws_access_key_id = {}\naws_secret_access_key = {}\n"
-    file.write_text(text.format(any_store.access_key, "expired"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    made = origin(setting.name)
-    made._client_made -= 10
-    file.write_text(text.format(any_store.access_key, any_store.secret_key))
+def test_reads_renew_refused_credentials_too(setting, any_store, monkeypatch, renewed):
+    with monkeypatch.context() as good:
+        good.setenv("AWS_ACCESS_KEY_ID", any_store.access_key)
+        good.setenv("AWS_SECRET_ACCESS_KEY", any_store.secret_key)
+        info = listed(setting, "k")
     sink = Collect()
-    made.read_into(info, ByteRange(0, 4), sink)
+    renewed.read_into(info, ByteRange(0, 4), sink)
     assert bytes(sink.data) == b"data"

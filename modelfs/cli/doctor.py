@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source", nargs="?", metavar="SOURCE", help="also check that this s3://BUCKET/PREFIX/ can be read"
     )
     for name in ("cache_dir", "endpoint_url", "region", "profile"):
-        parser.add_argument("--" + name.replace("_", "-"), dest=name, metavar="VALUE", help=f"as for modelfs mount")  # noqa: F541
+        parser.add_argument("--" + name.replace("_", "-"), dest=name, metavar="VALUE", help="as for modelfs mount")
     parser.add_argument("--no-sign-request", dest="no_sign_request", action="store_const", const="true")
 
 

@@ -48,4 +48,7 @@ class Metrics:
         self.tree_skipped = gauge("modelfs_tree_skipped_keys_count", "Keys not shown as files.", "reason")
         self.tree_refreshes = counter("modelfs_tree_refreshes", "Listings taken.", "result")
         self.prefetch_bytes = counter("modelfs_prefetch_bytes", "Bytes downloaded ahead of any reader.")
+        self.pages_loaded = counter(
+            "modelfs_pages_loaded_bytes", "Bytes of files read into the page cache ahead of use."
+        )
         self.worker_starts = gauge("modelfs_worker_starts_count", "How often the worker has been started.")

@@ -1,8 +1,12 @@
 """What every origin must do, on real servers and on the fake one."""
 
+import http.server
+import random
+import threading
+
 import pytest
 
-from modelfs.chunks import ByteRange, ObjectInfo
+from modelfs.chunks import MIB, ByteRange, ObjectId, ObjectInfo
 from modelfs.config import OriginConfig
 from modelfs.errors import (
     AccessDeniedError,
@@ -156,3 +160,44 @@ def test_reads_renew_refused_credentials_too(setting, any_store, monkeypatch, re
     sink = Collect()
     renewed.read_into(info, ByteRange(0, 4), sink)
     assert bytes(sink.data) == b"data"
+
+
+class ChunkedStore(http.server.BaseHTTPRequestHandler):
+    """Answers a range with a chunked body, as some proxies do."""
+
+    protocol_version = "HTTP/1.1"
+    body = random.Random(5).randbytes(3 * MIB)
+
+    def do_GET(self):
+        self.send_response(206)
+        self.send_header("ETag", '"v"')
+        self.send_header("Content-Range", f"bytes 0-{len(self.body) - 1}/{len(self.body)}")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for start in range(0, len(self.body), 100_000):
+            piece = self.body[start : start + 100_000]
+            self.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+        self.wfile.write(b"0\r\n\r\n")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_chunked_body_is_read_without_its_framing(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), ChunkedStore) as server:
+        server.handle_error = lambda *_: None  # the client closes first
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}"
+            made = origin("bkt", endpoint_url=url, region="us-east-1", addressing="path")
+            info = ObjectInfo(ObjectId(made.name, "key", '"v"'), len(ChunkedStore.body), 0)
+            for _ in range(2):
+                sink = Collect(MIB)
+                made.read_into(info, ByteRange(0, info.size), sink)
+                assert sink.data == ChunkedStore.body
+        finally:
+            server.shutdown()
+            thread.join()

@@ -10,6 +10,7 @@ the buffer is needed. Memory: the pool's buffers and nothing else. The engine kn
 """
 
 import contextlib
+import functools
 import heapq
 import itertools
 import logging
@@ -39,6 +40,7 @@ from modelfs.fetch.runs import (
 from modelfs.metrics import Metrics
 from modelfs.origins import Origin
 from modelfs.store import Store, StoredObject
+from modelfs.threads import in_background
 
 __all__ = ["Fetch", "PlanItem", "default_budget"]
 
@@ -109,6 +111,8 @@ class Fetch:
         self._nursery: trio.Nursery | None = None
         self.closing = False
         self.received_bytes = 0
+        self._busy_seconds = 0.0
+        self._busy_since = 0.0
 
     # -- what callers may do ------------------------------------------------------------------------
 
@@ -196,7 +200,7 @@ class Fetch:
         """Whether nothing is running, wanted or being written."""
         return not (self._runs or self._demand or self._plan or self._writes)
 
-    def statistics(self) -> dict[str, int]:
+    def statistics(self) -> dict[str, float]:
         """Return the engine's current numbers."""
         return {
             "runs": len(self._runs),
@@ -206,6 +210,7 @@ class Fetch:
             "plan_items": len(self._plan),
             "demand": len(self._demand),
             "received_bytes": self.received_bytes,
+            "busy_seconds": round(self._busy_seconds + (time.monotonic() - self._busy_since if self._runs else 0.0), 3),
         }
 
     # -- waiting ------------------------------------------------------------------------------------
@@ -294,6 +299,8 @@ class Fetch:
                 if run.demand:
                     heapq.heappush(self._demand, (run.start, next(self._sequence), run.stored))
                 return
+            if not self._runs:
+                self._busy_since = time.monotonic()
             self._runs.add(run)
             self._metrics.fetch_active.set(len(self._runs))
             self._store.acquire(run.stored)
@@ -368,7 +375,9 @@ class Fetch:
         Ahead of a reader whom we serve by copy, all runs together span no more than the buffers, so that
         the reader finds the bytes there.
         """
-        longest = max(1, min(MAX_RUN_CHUNKS, (stop - start) // (2 * self._max_runs) + 1))
+        longest = MAX_RUN_CHUNKS
+        if len(self._plan) <= 1:
+            longest = max(1, min(MAX_RUN_CHUNKS, (stop - start) // (2 * self._max_runs) + 1))
         if stored.copied:
             longest = 1
         end = start + 1
@@ -398,8 +407,8 @@ class Fetch:
         waiters = self._demand_waiters.get(key, [])
         demand = run.demand or bool(waiters)
         span = run.stored.info.chunk_range(index)
-        # A slow disk must not hold back readers: with half of the buffers waiting for it, demand is not stored.
-        keep = not demand or self._writes < self._pool.capacity // 2
+        # A slow disk must not hold back readers: with most buffers waiting for it, demand is not stored.
+        keep = not demand or self._writes < self._pool.capacity * 3 // 4
         reserved = (
             keep
             and index not in run.stored.evicting
@@ -428,7 +437,8 @@ class Fetch:
         span = ByteRange(first.span.start, run.stored.info.chunk_range(run.stop - 1).stop)
         run.seen_at = time.monotonic()
         try:
-            await trio.to_thread.run_sync(origin.read_into, run.stored.info, span, sink, limiter=self._run_limiter)
+            receive = functools.partial(origin.read_into, run.stored.info, span, sink)
+            await trio.to_thread.run_sync(in_background, receive, limiter=self._run_limiter)
             self._plan_failures = 0
         except GivenUpError:
             pass
@@ -436,6 +446,8 @@ class Fetch:
             self._run_failed(run, sink, error)
         finally:
             self._runs.discard(run)
+            if not self._runs:
+                self._busy_seconds += time.monotonic() - self._busy_since
             self._ended_runs_bytes += run.progress
             self._metrics.fetch_active.set(len(self._runs))
             if sink.current is not None:
@@ -512,7 +524,7 @@ class Fetch:
             self._metrics.prefetch_bytes.inc(len(active.span))
         self.wake(active)
         if not active.reserved:
-            reason = "no_room" if self._writes < self._pool.capacity // 2 else "slow_disk"
+            reason = "no_room" if self._writes < self._pool.capacity * 3 // 4 else "slow_disk"
             self._metrics.store_skipped.labels(reason=reason).inc()
             self._work.set()
             return

@@ -4,6 +4,7 @@ Records without behaviour of their own, but for the pool of buffers and ``RunSin
 works in a run's thread: it fills buffers and crosses to the loop per chunk, or when a reader waits.
 """
 
+import contextlib
 import mmap
 import time
 from collections.abc import Callable
@@ -12,15 +13,16 @@ from typing import Protocol
 
 import trio
 
-from modelfs.chunks import CHUNK_BYTES, ByteRange, ObjectInfo
+from modelfs.chunks import CHUNK_BYTES, PIECE_BYTES, ByteRange, ObjectInfo
 from modelfs.errors import ModelfsError
 from modelfs.metrics import Metrics
 from modelfs.store import StoredObject
-from modelfs.store.files import checksum
+from modelfs.store.files import SUM_BYTES, checksum
 
-SLICE_BYTES = 256 * 1024
-FIRST_SLICE_BYTES = 64 * 1024
-"""Bytes received before waiting readers are looked at: small at first, for the first byte's sake."""
+MIN_SLICE_BYTES = 64 * 1024
+MAX_SLICE_BYTES = 1024 * 1024
+"""Bytes received before waiting readers are looked at: few at first, and as many as come in ``SLICE_SECONDS``."""
+SLICE_SECONDS = 0.02
 DEMAND_BUFFERS = 2
 DEMAND_RUNS = 2
 """Buffers and downloads that only demand may take, so that no plan can starve a reader."""
@@ -134,13 +136,21 @@ class Pool:
         self._metrics.buffer_bytes.set(self.used * CHUNK_BYTES)
         if self._free:
             return self._free.pop()
-        return mmap.mmap(-1, CHUNK_BYTES)
+        return _huge_buffer()
 
     def give(self, buffer: mmap.mmap) -> None:
         """Take a buffer back."""
         self.used -= 1
         self._metrics.buffer_bytes.set(self.used * CHUNK_BYTES)
         self._free.append(buffer)
+
+
+def _huge_buffer() -> mmap.mmap:
+    """Return a chunk's memory, in huge pages where the kernel gives them: fewer faults, and fewer pages to pin."""
+    buffer = mmap.mmap(-1, CHUNK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
 
 
 class Engine(Protocol):
@@ -167,6 +177,9 @@ class RunSink:
         self._token = token
         self.current: Active | None = first
         self._index = first.index
+        self._slice = MIN_SLICE_BYTES
+        self._slice_began = 0.0
+        self._sums = b""
 
     def space(self) -> memoryview:
         """See ``Sink.space``; waits for the next chunk's buffer."""
@@ -176,23 +189,39 @@ class RunSink:
             self.current = trio.from_thread.run(self._engine.next_chunk, self._run, self._index)
             if self.current is None:
                 raise GivenUpError
-        filled = self.current.filled
-        return self.current.view[filled : filled + (SLICE_BYTES if filled else FIRST_SLICE_BYTES)]
+        filled, needed = self.current.filled, self.current.needed
+        size = self._slice
+        if filled < needed <= filled + size:
+            size = max(MIN_SLICE_BYTES, needed - filled)  # a reader waits for no more than this
+        self._slice_began = time.monotonic()
+        return self.current.view[filled : filled + size]
 
     def advance(self, count: int) -> None:
         """See ``Sink.advance``; tells the loop when a reader's bytes, or a whole chunk, are there."""
         active = self.current
         assert active is not None
+        if time.monotonic() - self._slice_began > SLICE_SECONDS:
+            self._slice = max(MIN_SLICE_BYTES, self._slice // 2)
+        elif count >= self._slice:
+            self._slice = min(MAX_SLICE_BYTES, self._slice * 2)
         active.filled += count
         self._run.progress += count
+        self._sum(active)
         if active.filled == len(active.span):
-            sums = checksum(active.view)
+            sums, self._sums = self._sums, b""
             self.current = None
             self._index += 1
             self._token.run_sync_soon(self._engine.chunk_done, self._run, active, sums)
         elif active.filled >= active.needed:
             active.needed = CHUNK_BYTES + 1
             self._token.run_sync_soon(self._engine.wake, active)
+
+    def _sum(self, active: Active) -> None:
+        """Take the checksums of pieces that are whole now, while the processor still has them in its cache."""
+        done = len(self._sums) // SUM_BYTES * PIECE_BYTES
+        ready = active.filled if active.filled == len(active.span) else active.filled // PIECE_BYTES * PIECE_BYTES
+        if ready > done:
+            self._sums += checksum(active.view[done:ready])
 
     def connected(self, abort: Callable[[], None]) -> None:
         """See ``Sink.connected``."""

@@ -38,6 +38,20 @@ class Origin(Protocol):
             OriginError: The listing failed; nothing partial is to be used.
         """
 
+    def get_small(self, key: str, limit: int) -> bytes | None:
+        """Return the first ``limit`` bytes of an object, or ``None`` if there is none.
+
+        Raises:
+            OriginError: It cannot be read.
+        """
+
+    def put_small(self, key: str, data: bytes) -> None:
+        """Write an object.
+
+        Raises:
+            OriginError: It cannot be written.
+        """
+
     def read_into(self, info: ObjectInfo, span: ByteRange, sink: Sink) -> None:
         """Download exactly ``span`` of exactly this object version into ``sink``.
 

@@ -12,6 +12,8 @@ import http.client
 import logging
 import random
 import re
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +53,11 @@ ATTEMPTS = 6
 BACKOFF_SECONDS = 0.1
 BACKOFF_CAP_SECONDS = 5.0
 MAX_CONNECTIONS = 64
+_RECEIVE_SECONDS = 4
+"""A receive returns with what it has after so long, so that a slow connection shows progress."""
+_BATCH_BYTES = 128 * 1024
+_TAIL_BYTES = 4096
+"""The end of a body is left to http.client, which then knows that the connection is free."""
 _RENEW_SECONDS = 1.0
 """Least age of a session before it is built anew because its credentials were refused."""
 
@@ -185,6 +192,32 @@ class S3Origin:
                 return False
         return True
 
+    # -- small objects of our own -------------------------------------------------------------------
+
+    def get_small(self, key: str, limit: int) -> bytes | None:
+        """See ``Origin.get_small``."""
+
+        def ask(client: Any) -> dict[str, Any]:  # noqa: ANN401
+            self._metrics.origin_requests.labels(op="get").inc()
+            with client.get_object(Bucket=self._bucket, Key=key)["Body"] as body:
+                return {"data": body.read(limit)}
+
+        try:
+            data: bytes = self._persist(ask, key)["data"]
+        except ObjectNotFoundError:
+            return None
+        return data
+
+    def put_small(self, key: str, data: bytes) -> None:
+        """See ``Origin.put_small``."""
+
+        def ask(client: Any) -> dict[str, Any]:  # noqa: ANN401
+            self._metrics.origin_requests.labels(op="put").inc()
+            answer: dict[str, Any] = client.put_object(Bucket=self._bucket, Key=key, Body=data)
+            return answer
+
+        self._persist(ask, key)
+
     # -- reading ------------------------------------------------------------------------------------
 
     def read_into(self, info: ObjectInfo, span: ByteRange, sink: Sink) -> None:
@@ -219,24 +252,23 @@ class S3Origin:
         answer = client.get_object(
             Bucket=self._bucket, Key=info.id.key, Range=f"bytes={span.start}-{span.stop - 1}", IfMatch=info.id.version
         )
-        raw = answer["Body"]._raw_stream
+        raw, left = answer["Body"]._raw_stream, len(span)
         try:
             self._check(answer, info, span)
             sink.connected(raw.shutdown)
-            # http.client receives into our buffer; urllib3's readinto would make one more copy of every byte.
-            receive = raw._fp.readinto
-            left = len(span)
+            body = _Body(raw, left)
             while left:
-                count = receive(sink.space()[:left])
+                count = body.into(sink.space())
                 if not count:
                     return
                 sink.advance(count)
                 left -= count
-                self._metrics.origin_bytes.inc(count)
                 yield count
+            body.finish()
             raw.release_conn()
             raw = None
         finally:
+            self._metrics.origin_bytes.inc(len(span) - left)
             if raw is not None:
                 raw.close()
 
@@ -321,6 +353,68 @@ class S3Origin:
         return OriginError(
             f"the store refused {where} ({code or status})", "check --endpoint-url, --region and addressing"
         )
+
+
+class _Body:
+    """Receives the body of one answer into memory that is lent to it.
+
+    urllib3's readinto would make one more copy of every byte, so http.client's is used; and from a plain socket
+    the bulk is taken by recv(2) with MSG_WAITALL, which fills a slice in one system call. Every return to Python
+    is a fight of all downloads for the interpreter lock: ``readinto`` comes back for each poll and each segment.
+    """
+
+    def __init__(self, response: Any, length: int) -> None:  # noqa: ANN401
+        self._connection = response._connection
+        self._response = response._fp
+        self._left = length
+        sock = getattr(self._connection, "sock", None)
+        # Of TLS only its own layer can read, a record at a time; and a chunked body has more in it than its bytes.
+        plain = type(sock) is socket.socket and not self._response.chunked and self._response.length == length
+        self._socket = sock if plain else None
+        # What came with the headers lies in http.client's buffer and goes first.
+        self._buffered = len(self._response.fp.peek(1)) if self._socket and length else 0
+        if self._socket is not None:
+            seconds = struct.pack("@ll", _RECEIVE_SECONDS, 0)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
+            self._socket.settimeout(None)
+        self._batch = 1
+
+    def into(self, space: memoryview) -> int:
+        """Fill the beginning of ``space``; return the number of bytes, 0 at the end of the body.
+
+        Raises:
+            OSError: The connection broke or has been silent for too long.
+        """
+        if self._buffered:
+            space = space[: self._buffered]
+        if self._socket is None or self._buffered or self._left <= _TAIL_BYTES:
+            count = int(self._response.readinto(space[: self._left]))
+            self._buffered = max(0, self._buffered - count)
+        else:
+            count = self._receive(self._socket, space[: self._left - _TAIL_BYTES])
+            self._response.length -= count
+        self._left -= count
+        return count
+
+    def _receive(self, sock: socket.socket, space: memoryview) -> int:
+        # Wake the thread per batch, not per segment; but never wait for more than the body still has.
+        batch = min(len(space), _BATCH_BYTES) if self._left - len(space) > _BATCH_BYTES else 1
+        if batch != self._batch:
+            self._batch = batch
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, batch)
+        deadline = time.monotonic() + INACTIVITY_SECONDS
+        while True:
+            try:
+                return sock.recv_into(space, len(space), socket.MSG_WAITALL)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(f"no byte for {INACTIVITY_SECONDS:.0f} s") from None
+
+    def finish(self) -> None:
+        """Leave the connection as it was found, for its next request."""
+        if self._socket is not None:
+            self._socket.settimeout(INACTIVITY_SECONDS)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
 
 def _pause(attempt: int) -> None:

@@ -17,7 +17,7 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,7 +88,7 @@ class StoredObject:
 
 
 class Store:
-    """The open store of one cache directory.
+    """The open store of one cache directory. ``on_complete`` is called when a file's last chunk has come.
 
     Args:
         config: Directory and limits.
@@ -119,6 +119,7 @@ class Store:
         self.reserved_bytes = 0
         self.evicted_bytes = 0
         self.pressure = trio.Event()
+        self.on_complete: Callable[[], None] = lambda: None
         self.demand_waits = False
         self.room_since = 0.0
         self._disk_limit = 0
@@ -370,6 +371,8 @@ class Store:
         if stored.info.number not in self._used_known:
             self.touch(stored, range(0))
         self._dirty_event.set()
+        if stored.complete:
+            self.on_complete()
 
     def disk_failed(self, error: OSError) -> str:
         """Note a failed write; return the reason word for the metric."""
@@ -556,6 +559,17 @@ class Store:
         """Keep a listing for a restarted worker."""
         async with self._commit_lock:
             await trio.to_thread.run_sync(self._index.save_listing, source, objects)
+
+    # -- traces -------------------------------------------------------------------------------------
+
+    def trace(self, name: str) -> bytes | None:
+        """Return the text kept under ``name``, or ``None``."""
+        return self._index.trace(name)
+
+    async def save_trace(self, name: str, text: bytes) -> None:
+        """Keep the order of a load for the next one."""
+        async with self._commit_lock:
+            await trio.to_thread.run_sync(self._index.save_trace, name, text)
 
 
 def _piece_mask(chunk: ByteRange, part: ByteRange) -> int:

@@ -20,6 +20,7 @@ from modelfs.chunks import ObjectId, ObjectInfo
 from modelfs.errors import CacheError
 
 FORMAT_VERSION = 1
+MAX_TRACES = 256
 _MAP_BYTES = 4 * 1024**3
 """Address space, not memory or disk: 100 bytes per 8 MiB chunk index 300 TB."""
 _NUMBER = struct.Struct(">Q")
@@ -63,10 +64,10 @@ class Index:
 
     def __init__(self, path: Path) -> None:
         path.mkdir(mode=0o700, exist_ok=True)
-        self._env = lmdb.open(str(path), map_size=_MAP_BYTES, max_dbs=5, mode=0o600)
+        self._env = lmdb.open(str(path), map_size=_MAP_BYTES, max_dbs=6, mode=0o600)
         self._env.reader_check()
-        names = (b"meta", b"objects", b"chunks", b"lru", b"listings")
-        self._meta, self._objects, self._chunks, self._lru, self._listings = map(self._env.open_db, names)
+        names = (b"meta", b"objects", b"chunks", b"lru", b"listings", b"traces")
+        self._meta, self._objects, self._chunks, self._lru, self._listings, self._traces = map(self._env.open_db, names)
         with self._env.begin(write=True) as txn:
             version = txn.get(b"format", db=self._meta)
             if version is None:
@@ -132,7 +133,21 @@ class Index:
         origin, rows = json.loads(zlib.decompress(bytes(value)))
         return [ObjectInfo(ObjectId(origin, key, version), size, mtime) for key, version, size, mtime in rows]
 
+    def trace(self, name: str) -> bytes | None:
+        """Return the text of a trace, or ``None``."""
+        with self._env.begin() as txn:
+            value = txn.get(name.encode(), db=self._traces)
+        return zlib.decompress(bytes(value)) if value is not None else None
+
     # -- writing ------------------------------------------------------------------------------------
+
+    def save_trace(self, name: str, text: bytes) -> None:
+        """Keep a trace; beyond ``MAX_TRACES`` others are dropped for it."""
+        with self._env.begin(write=True) as txn:
+            with txn.cursor(db=self._traces) as cursor:
+                while txn.stat(self._traces)["entries"] >= MAX_TRACES and cursor.first():
+                    cursor.delete()
+            txn.put(name.encode(), zlib.compress(text, 1), db=self._traces)
 
     def record(self, chunks: Iterable[NewChunk], used: dict[int, int], stamps: dict[int, int]) -> None:
         """Record durable chunks, times of use and the data files' stamps in one durable transaction."""

@@ -53,3 +53,9 @@ class FakeOrigin:
             space[:count] = data[position : position + count]
             position += count
             sink.advance(count)
+
+    def get_small(self, key: str, limit: int) -> bytes | None:
+        return self.objects[key][0][:limit] if key in self.objects else None
+
+    def put_small(self, key: str, data: bytes) -> None:
+        self.put(key, data)

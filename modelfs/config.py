@@ -163,6 +163,7 @@ class FetchConfig:
     prefetch: str = _one(
         "auto", str, "what is downloaded ahead: off, auto, all, or names of models", "off|auto|all|NAMES"
     )
+    trace_uri: str = _one("", str, "bucket prefix through which nodes share the order of loads", "s3://BUCKET/PREFIX/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +218,7 @@ class Config:
             origin=OriginConfig(**raw["origin"]),
             store=StoreConfig(store["cache_dir"], Size(**store["cache_size"]), Size(**store["min_free"])),
             tree=TreeConfig(tuple(tree.pop("include")), tuple(tree.pop("exclude")), **tree),
-            fetch=FetchConfig(Size(**raw["fetch"]["max_memory"]), raw["fetch"]["prefetch"]),
+            fetch=FetchConfig(Size(**raw["fetch"].pop("max_memory")), **raw["fetch"]),
             daemon=DaemonConfig(**raw["daemon"]),
         )
 
@@ -386,6 +387,17 @@ def _parse(option: Option, text: str, where: str) -> Any:  # noqa: ANN401
         raise ConfigError(f"{where}: bad value '{text}'", reason) from error
 
 
+def _check_fetch(fetch: FetchConfig) -> FetchConfig:
+    if fetch.max_memory.bytes and fetch.max_memory.bytes < 4 * CHUNK_BYTES:
+        raise ConfigError(
+            f"--max-memory {fetch.max_memory.bytes} bytes holds fewer than four chunks",
+            f"give at least {4 * CHUNK_BYTES // MIB}MiB",
+        )
+    if fetch.trace_uri:
+        parse_source(fetch.trace_uri)
+    return fetch
+
+
 def build(
     sources: list[str],
     mountpoint: str | None,
@@ -430,12 +442,7 @@ def build(
             f"--cache-size {store.cache_size.bytes} bytes is smaller than one chunk",
             f"give at least {CHUNK_BYTES // MIB}MiB",
         )
-    fetch = FetchConfig(**values["fetch"])
-    if fetch.max_memory.bytes and fetch.max_memory.bytes < 4 * CHUNK_BYTES:
-        raise ConfigError(
-            f"--max-memory {fetch.max_memory.bytes} bytes holds fewer than four chunks",
-            f"give at least {4 * CHUNK_BYTES // MIB}MiB",
-        )
+    fetch = _check_fetch(FetchConfig(**values["fetch"]))
     origin = OriginConfig(**values["origin"])
     if origin.endpoint_url and not re.match(r"https?://[^/]+", origin.endpoint_url):
         raise ConfigError(

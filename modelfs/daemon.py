@@ -26,7 +26,7 @@ import trio
 
 from modelfs.admin import Admin, Answers
 from modelfs.chunks import ObjectInfo
-from modelfs.config import Config, Source
+from modelfs.config import Config, Source, parse_source
 from modelfs.errors import ModelfsError, ObjectNotFoundError, OriginError
 from modelfs.eviction import Eviction
 from modelfs.fetch import Fetch, default_budget
@@ -36,13 +36,16 @@ from modelfs.fuse.front import Front
 from modelfs.fuse.opens import OpenTable
 from modelfs.fuse.supervisor import BEAT_SECONDS
 from modelfs.fuse.tuning import Tuning, control_socket
+from modelfs.loads import Load, Loads
 from modelfs.metrics import Metrics
 from modelfs.origins import Origin
 from modelfs.origins.s3 import S3Origin
-from modelfs.prefetch import Prefetch
+from modelfs.pages import Pages
+from modelfs.prefetch import Prefetch, model_files
 from modelfs.status import Status
 from modelfs.store import Store
-from modelfs.tree import Listing, Tree
+from modelfs.traces import Traces
+from modelfs.tree import Directory, Listing, Tree
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +133,12 @@ class Worker:
                 whole_files=prefetching,
                 on_changed=lambda info: self._refresh_wanted.set(),
             )
-            self._prefetch = Prefetch(mode=config.fetch.prefetch, store=store, fetch=self._fetch)
+            self._pages = Pages(store=store, metrics=self._metrics, available=available_memory)
+            self._loads = Loads()
+            self._traces = self._make_traces()
+            self._prefetch = Prefetch(
+                mode=config.fetch.prefetch, store=store, fetch=self._fetch, pages=self._pages, traces=self._traces
+            )
             await self._serve()
 
     # -- sources ------------------------------------------------------------------------------------
@@ -141,6 +149,25 @@ class Worker:
             bucket: S3Origin(bucket=bucket, config=self._config.origin, metrics=self._metrics)
             for bucket in sorted(buckets)
         }
+
+    def _make_traces(self) -> Traces:
+        uri = self._config.fetch.trace_uri
+        if not uri:
+            return Traces(store=self._store, origin=None, prefix="")
+        source = parse_source(uri)
+        origin = self._origins.get(source.bucket) or S3Origin(
+            bucket=source.bucket, config=self._config.origin, metrics=self._metrics
+        )
+        return Traces(store=self._store, origin=origin, prefix=source.prefix)
+
+    async def _keep_trace(self, load: Load) -> None:
+        """Keep the order of a load that waited for the origin, if the model is still what it was."""
+        trace, directory = load.trace(), self._view.tree.find(load.model)
+        if trace is None or not isinstance(directory, Directory):
+            return
+        infos = [file.info for file in model_files(directory)]
+        if trace.spans({info.id: info for info in infos}) is not None:
+            await self._traces.keep(infos, trace)
 
     async def _first_listings(self) -> list[Listing]:
         if self._start["mounted"]:
@@ -227,7 +254,12 @@ class Worker:
         opens = OpenTable(table)
         tuning = Tuning(**connect["tuning"])
         data_path = DataPath(
-            view=self._view, store=self._store, fetch=self._fetch, prefetch=self._prefetch, metrics=self._metrics
+            view=self._view,
+            store=self._store,
+            fetch=self._fetch,
+            prefetch=self._prefetch,
+            loads=self._loads,
+            metrics=self._metrics,
         )
         front = Front(
             descriptor=descriptor, opens=opens, handler=data_path, metrics=self._metrics, passthrough=tuning.passthrough
@@ -248,7 +280,9 @@ class Worker:
                 await nursery.start(data_path.run)
                 eviction = Eviction(store=self._store, on_room=self._fetch.poke)
                 await nursery.start(eviction.run)
+                await nursery.start(self._pages.run)
                 await nursery.start(self._prefetch.run)
+                await nursery.start(self._loads.run, self._keep_trace)
                 await nursery.start(self._admin(lambda: dataclasses.replace(tuning, passthrough=front.passthrough)).run)
                 nursery.start_soon(self._run_namespace)
                 if self._start["mounted"] and connect["resend"]:
@@ -270,7 +304,9 @@ class Worker:
             tree=lambda: self._view.tree,
             store=self._store,
             fetch=self._fetch,
+            loads=self._loads,
             metrics=self._metrics,
+            mounted_at=self._start["began"],
             starts=self._start["starts"],
             supervisor_pid=self._start["supervisor_pid"],
         )

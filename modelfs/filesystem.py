@@ -23,11 +23,12 @@ from typing import Any, TypeVar, cast
 import pyfuse3
 import trio
 
-from modelfs.chunks import ByteRange, ObjectInfo, chunks_of, split
+from modelfs.chunks import CHUNK_BYTES, ByteRange, ObjectInfo, chunks_of, split
 from modelfs.config import TreeConfig
 from modelfs.errors import ModelfsError, ObjectChangedError
 from modelfs.fetch import Fetch
 from modelfs.fuse.front import OWN_XATTR_PREFIX, Reply
+from modelfs.loads import Load, Loads
 from modelfs.metrics import Metrics
 from modelfs.prefetch import Prefetch
 from modelfs.store import Chunk, CorruptChunkError, Store, StoredObject
@@ -238,11 +239,15 @@ class DataPath:
         store: Resident bytes.
         fetch: Bytes on their way.
         prefetch: Told about opens.
+        loads: Told what readers do and wait for.
         metrics: Counters.
     """
 
-    def __init__(self, *, view: View, store: Store, fetch: Fetch, prefetch: Prefetch, metrics: Metrics) -> None:
+    def __init__(
+        self, *, view: View, store: Store, fetch: Fetch, prefetch: Prefetch, loads: Loads, metrics: Metrics
+    ) -> None:
         self._view = view
+        self._loads = loads
         self._store = store
         self._fetch = fetch
         self._prefetch = prefetch
@@ -267,8 +272,10 @@ class DataPath:
 
     # -- opens --------------------------------------------------------------------------------------
 
-    def open(self, inode: int) -> None:
+    def open(self, inode: int, *, direct: bool) -> None:
         """See ``Handler.open``."""
+        if direct:
+            self._prefetch.skip_pages()
         if inode in self._view.open:
             return
         info = self._view.info(inode) or self._store.known_object(inode)
@@ -293,6 +300,9 @@ class DataPath:
         stored.copied = not stored.passed
         if stored.passed:
             self._store.touch(stored, range(0))
+        node = self._view.node(inode)
+        if isinstance(node, File):
+            self._loads.opened(node, mode)
 
     def released(self, inode: int) -> None:
         """See ``Handler.released``."""
@@ -316,31 +326,40 @@ class DataPath:
             return
         indices = chunks_of(span)
         self._store.touch(stored, indices)
+        load = self._loads.read(stored.info, span)
         if not stored.complete:
             self._fetch.note_read(stored, span)
         held = [self._fetch.peek(stored, index, part) for index, part in split(span)]
         views = [view for view in held if view is not None]
         if len(views) == len(held):
             reply.data(views)
-            self._count("memory", span)
+            self._count("memory", span, load)
         elif not stored.missing(span):
-            self._read_from_store(stored, span, reply)
+            self._read_from_store(stored, span, reply, load)
         else:
             assert self._nursery is not None
-            self._nursery.start_soon(self._read_waiting, stored, span, reply)
+            self._nursery.start_soon(self._read_waiting, stored, span, reply, load)
 
-    def _read_from_store(self, stored: StoredObject, span: ByteRange, reply: Reply) -> None:
+    def _read_from_store(self, stored: StoredObject, span: ByteRange, reply: Reply, load: Load | None) -> None:
         """Pin and hand over to a disk thread; no checkpoint since residency was checked."""
         pinned = self._store.pin(stored, span)
+        if load is not None:
+            load.begin("store", time.monotonic())
         try:
             descriptor = self._store.descriptor(stored)
         except OSError as error:
-            self._settle(stored, span, reply, pinned, error)
+            self._settle(stored, span, reply, load, pinned, error)
             return
-        self._disk.submit(self._read_job, stored, descriptor, span, reply, pinned)
+        self._disk.submit(self._read_job, stored, descriptor, span, reply, load, pinned)
 
     def _read_job(
-        self, stored: StoredObject, descriptor: int, span: ByteRange, reply: Reply, pinned: list[Chunk]
+        self,
+        stored: StoredObject,
+        descriptor: int,
+        span: ByteRange,
+        reply: Reply,
+        load: Load | None,
+        pinned: list[Chunk],
     ) -> None:
         """Read, check and answer; in a disk thread."""
         failure: Exception | None = None
@@ -348,6 +367,10 @@ class DataPath:
             target = self._buffer(len(span))
             self._store.read_sync(stored, descriptor, pinned, span, target)
             reply.data([target])
+            if span.stop % CHUNK_BYTES == 0 or span.stop == stored.info.size:
+                # The reader's own pages hold these bytes now; ours would be the second copy.
+                last = stored.info.chunk_range(chunks_of(span)[-1])
+                os.posix_fadvise(descriptor, last.start, len(last), os.POSIX_FADV_DONTNEED)
         except (CorruptChunkError, OSError) as error:
             failure = error
         except Exception as error:
@@ -355,7 +378,7 @@ class DataPath:
             failure = error
         assert self._token is not None
         with contextlib.suppress(trio.RunFinishedError):  # the process is ending; the kernel asks again
-            self._token.run_sync_soon(self._settle, stored, span, reply, pinned, failure)
+            self._token.run_sync_soon(self._settle, stored, span, reply, load, pinned, failure)
 
     def _buffer(self, size: int) -> memoryview:
         """Return this thread's reused buffer."""
@@ -365,28 +388,40 @@ class DataPath:
         return memoryview(buffer)[:size]
 
     def _settle(
-        self, stored: StoredObject, span: ByteRange, reply: Reply, pinned: list[Chunk], failure: Exception | None
+        self,
+        stored: StoredObject,
+        span: ByteRange,
+        reply: Reply,
+        load: Load | None,
+        pinned: list[Chunk],
+        failure: Exception | None,
     ) -> None:
         """Finish a read from the store on the loop; a failed one is fetched instead."""
         self._store.unpin(stored, pinned)
+        if load is not None:
+            load.end("store", time.monotonic())
         if failure is None:
-            self._count("store", span)
+            self._count("store", span, load)
         elif reply.done:
             log.warning("a reply to the kernel failed: %s", failure)
         else:
             assert self._nursery is not None
-            self._nursery.start_soon(self._replace_damaged, stored, span, reply, failure)
+            self._nursery.start_soon(self._replace_damaged, stored, span, reply, load, failure)
 
-    async def _replace_damaged(self, stored: StoredObject, span: ByteRange, reply: Reply, failure: Exception) -> None:
+    async def _replace_damaged(
+        self, stored: StoredObject, span: ByteRange, reply: Reply, load: Load | None, failure: Exception
+    ) -> None:
         for index in chunks_of(span):
             await self._store.discard(stored, index, str(failure))
-        await self._read_waiting(stored, span, reply)
+        await self._read_waiting(stored, span, reply, load)
 
-    async def _read_waiting(self, stored: StoredObject, span: ByteRange, reply: Reply) -> None:
+    async def _read_waiting(self, stored: StoredObject, span: ByteRange, reply: Reply, load: Load | None) -> None:
         """Answer a read some of whose bytes are not in the store yet."""
         began = time.monotonic()
+        if load is not None:
+            load.begin("origin", began)
         try:
-            await self._gather(stored, span, reply)
+            await self._gather(stored, span, reply, load)
         except ModelfsError as error:
             self._warn(error)
             reply.error(error.errno)
@@ -395,9 +430,12 @@ class DataPath:
             if not reply.done:
                 reply.error(errno.EIO)
         finally:
-            self._metrics.read_wait.observe(time.monotonic() - began)
+            now = time.monotonic()
+            if load is not None:
+                load.end("origin", now)
+            self._metrics.read_wait.observe(now - began)
 
-    async def _gather(self, stored: StoredObject, span: ByteRange, reply: Reply) -> None:
+    async def _gather(self, stored: StoredObject, span: ByteRange, reply: Reply, load: Load | None) -> None:
         """Collect the parts chunk by chunk and answer from memory, or from the store if all is there by then."""
         parts: list[bytes | memoryview] = []
         pieces = split(span)
@@ -406,17 +444,17 @@ class DataPath:
             waited = waited or self._fetch.peek(stored, index, part) is None
             view = await self._fetch.obtain(stored, index, part)
             if view is None and len(pieces) == 1:
-                self._read_from_store(stored, span, reply)
+                self._read_from_store(stored, span, reply, load)
                 return
             if view is None:
                 view = await self._part_from_store(stored, part)
                 if view is None:  # evicted or damaged between two checkpoints: begin again
-                    await self._gather(stored, span, reply)
+                    await self._gather(stored, span, reply, load)
                     return
             # The engine's view is good until the next checkpoint; only a single part needs no copy.
             parts.append(view if len(pieces) == 1 else bytes(view))
         reply.data(parts)
-        self._count("origin" if waited else "memory", span)
+        self._count("origin" if waited else "memory", span, load)
 
     async def _part_from_store(self, stored: StoredObject, part: ByteRange) -> memoryview | None:
         if stored.missing(part):
@@ -435,7 +473,9 @@ class DataPath:
         await self._store.discard(stored, chunks_of(part).start, str(failure))
         return None
 
-    def _count(self, tier: str, span: ByteRange) -> None:
+    def _count(self, tier: str, span: ByteRange, load: Load | None) -> None:
+        if load is not None:
+            load.read_bytes[tier] += len(span)
         self._tier_bytes[tier].inc(len(span))
         self._tier_reads[tier].inc()
 

@@ -11,6 +11,7 @@ subdirectories, belong to it).
 import json
 import logging
 import re
+import time
 from dataclasses import dataclass
 
 import trio
@@ -18,13 +19,16 @@ import trio
 from modelfs.chunks import CHUNK_BYTES, ByteRange, ObjectInfo
 from modelfs.errors import ModelfsError
 from modelfs.fetch import Fetch, PlanItem
+from modelfs.pages import Pages
 from modelfs.store import Store
+from modelfs.traces import Traces
 from modelfs.tree import Directory, File, Node, Tree, natural_key
 
 log = logging.getLogger(__name__)
 
 SMALL_BYTES = CHUNK_BYTES
 """Configurations, tokenizers and indexes are below this; a weight file hardly ever."""
+PAUSE_SECONDS = 60.0
 INDEX_LIMIT_BYTES = 64 * 1024 * 1024
 RANK_SMALL, RANK_ENDS, RANK_WEIGHTS, RANK_REST = range(4)
 PREFERRED_SUFFIXES = (".safetensors",)
@@ -130,13 +134,17 @@ class Prefetch:
         mode: ``off``, ``auto``, ``all`` or comma-separated names of models.
         store: To know what is resident already.
         fetch: The engine.
+        pages: Takes complete files into memory.
+        traces: Knows how models were read before.
     """
 
-    def __init__(self, *, mode: str, store: Store, fetch: Fetch) -> None:
+    def __init__(self, *, mode: str, store: Store, fetch: Fetch, pages: Pages, traces: Traces) -> None:
         self._mode = mode
         self._store = store
         self._fetch = fetch
-        self._touched: set[int] = set()
+        self._pages = pages
+        self._traces = traces
+        self._touched: dict[int, float] = {}
         self._models_wanted: set[int] = set()
         self._send, self._receive = trio.open_memory_channel[Directory](1000)
 
@@ -175,12 +183,26 @@ class Prefetch:
                 self.want(directory)
 
     def touch(self, directory: Directory) -> None:
-        """Note the first sign that someone uses what lies in ``directory``; cheap when repeated."""
-        if self.automatic and directory.inode not in self._touched:
-            self._touched.add(directory.inode)
-            model = model_of(directory)
-            if model is not None:
-                self.want(model)
+        """Note that someone uses what lies in ``directory``; cheap when repeated.
+
+        The first sign plans the model's download. One after a pause may be another engine, and the kernel may have
+        reclaimed the pages since: complete files are taken into memory again.
+        """
+        if not self.automatic:
+            return
+        now = time.monotonic()
+        last, self._touched[directory.inode] = self._touched.get(directory.inode), now
+        if last is not None and now - last < PAUSE_SECONDS:
+            return
+        model = model_of(directory)
+        if model is not None and last is None:
+            self.want(model)
+        elif model is not None:
+            self._pages.want(self._store.object(file.info) for file in model_files(model))
+
+    def skip_pages(self) -> None:
+        """Take nothing more into memory that is wanted now: a reader goes around the page cache."""
+        self._pages.forget()
 
     def want(self, directory: Directory) -> None:
         """Plan a model's download, once per listing."""
@@ -202,6 +224,7 @@ class Prefetch:
     async def _plan_model(self, directory: Directory) -> None:
         files = model_files(directory)
         ranked = plan(files)
+        self._pages.want(self._store.object(file.info) for file in files)
         missing = sum(file.info.size - self._store.object(file.info).resident_bytes for file in files)
         if not missing:
             return
@@ -211,6 +234,10 @@ class Prefetch:
             by_rank.setdefault(entry.rank, []).append(entry.item)
         for rank in (RANK_SMALL, RANK_ENDS):
             self._fetch.submit(by_rank.get(rank, []), rank)
+        before = await self._traces.find([file.info for file in files])
+        if before is not None:
+            log.info("downloading %s in the order of an earlier load", directory.path or "/")
+            self._fetch.submit((PlanItem(info, span) for info, span in before), RANK_WEIGHTS)
         shards = await self._read_index(directory)
         for entry in plan(files, shards) if shards is not None else ranked:
             if entry.rank in {RANK_WEIGHTS, RANK_REST}:

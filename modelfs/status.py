@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter
 
 from modelfs.chunks import ByteRange
 from modelfs.config import Config
 from modelfs.fetch import Fetch, PlanItem
 from modelfs.fuse.tuning import Tuning
+from modelfs.loads import Loads
 from modelfs.metrics import Metrics
 from modelfs.prefetch import RANK_SMALL, SMALL_BYTES, ends, is_weights, plan, wanted_files
 from modelfs.store import Store
@@ -32,7 +33,9 @@ class Status:
         tree: Returns the current tree.
         store: The store.
         fetch: The engine.
+        loads: What engines did.
         metrics: Counters to read.
+        mounted_at: When the mount command began, in monotonic seconds.
         starts: How often the worker has been started.
         supervisor_pid: The process to signal for an unmount.
     """
@@ -45,7 +48,9 @@ class Status:
         tree: Callable[[], Tree],
         store: Store,
         fetch: Fetch,
+        loads: Loads,
         metrics: Metrics,
+        mounted_at: float,
         starts: int,
         supervisor_pid: int,
     ) -> None:
@@ -54,6 +59,8 @@ class Status:
         self._tree = tree
         self._store = store
         self._fetch = fetch
+        self._loads = loads
+        self._mounted_at = mounted_at
         self._metrics = metrics
         self._starts = starts
         self._supervisor_pid = supervisor_pid
@@ -97,6 +104,8 @@ class Status:
         return {
             "mountpoint": self._config.mountpoint,
             "pid": self._supervisor_pid,
+            "ready_seconds": round(self._began - self._mounted_at, 3),
+            "prefetch": self._config.fetch.prefetch,
             "uptime_seconds": round(time.monotonic() - self._began, 1),
             "worker_starts": self._starts,
             "kernel": {
@@ -111,6 +120,7 @@ class Status:
                 "resident_bytes": store.resident_bytes,
                 "limit_bytes": store.limit_bytes,
                 "evicted_bytes": store.evicted_bytes,
+                "skipped_chunks": _sum(self._metrics.store_skipped),
             },
             "reads": {
                 **{tier: int(count) for tier, count in reads.items()},
@@ -118,9 +128,11 @@ class Status:
             },
             "origin": {
                 "bytes": int(_value(self._metrics.registry, "modelfs_origin_bytes_total")),
+                "errors": _sum(self._metrics.origin_errors),
                 "rate_bytes_per_second": round(self._rates.total),
             },
             "fetch": self._fetch.statistics(),
+            "loads": [load.document(self._mounted_at) for load in self._loads.recent],
             "skipped_keys": dict(self._tree().skipped),
             "sources": [self._source(source.uri, source.name) for source in self._config.sources],
         }
@@ -222,6 +234,12 @@ class _Rates:
     def total(self) -> float:
         """The rate of all files."""
         return sum(self._rates.values())
+
+
+def _sum(counter: Counter) -> int:
+    """Return a counter's value over all its labels."""
+    samples = (sample for family in counter.collect() for sample in family.samples)
+    return int(sum(sample.value for sample in samples if sample.name.endswith("_total")))
 
 
 def _value(registry: CollectorRegistry, name: str, **labels: str) -> float:

@@ -15,10 +15,12 @@ from modelfs.errors import ModelfsError
 
 COMMANDS = {
     "mount": "mount bucket prefixes as a read-only directory",
+    "run": "mount, run a command beside it at once, and unmount when the command ends",
     "umount": "unmount",
     "status": "show what is mounted and how much of it is local",
     "wait": "wait until a path is mounted, has its heads, or is complete",
     "warm": "download paths now",
+    "why": "say where the time of the last load went, and what to change",
     "doctor": "check this machine and say what to do",
     "demo": "mount a model from an object store started for the purpose, and time it",
 }
@@ -37,7 +39,11 @@ def main(argv: list[str] | None = None) -> int:
             module = importlib.import_module(f"modelfs.cli.{name}")
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)
-    arguments = parser.parse_args(words)
+    trailing: list[str] = []
+    if chosen == "run" and "--" in words:
+        cut = words.index("--")
+        words, trailing = words[:cut], words[cut + 1 :]
+    arguments = parser.parse_args(words, argparse.Namespace(trailing=trailing))
     return guarded(lambda: int(arguments.run(arguments)))
 
 

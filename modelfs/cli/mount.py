@@ -1,11 +1,13 @@
 """``modelfs mount`` and ``mount.modelfs``."""
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,10 @@ from modelfs.fuse.supervisor import (
     notify_systemd,
 )
 from modelfs.fuse.tuning import Tuning
+from modelfs.threads import BACKGROUND_NICENESS
+
+_BEGAN = time.monotonic()
+"""When this program was started, nearly; what loads are timed from."""
 
 # Options of mount(8), fstab and systemd that say nothing to us.
 _HELPER_IGNORED = {
@@ -63,7 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _merge(arguments: argparse.Namespace) -> configuration.Config:
+def merge(arguments: argparse.Namespace) -> configuration.Config:
+    """Return the configuration that command line, environment and file give.
+
+    Raises:
+        ConfigError: See ``configuration.build``.
+    """
     words = list(arguments.words)
     mountpoint = words.pop() if words and "://" not in words[-1] else None
     flags = {
@@ -76,7 +87,7 @@ def _merge(arguments: argparse.Namespace) -> configuration.Config:
 
 def run(arguments: argparse.Namespace) -> int:
     """Mount and serve; return when unmounted, or with --background when the mount answers."""
-    config = _merge(arguments)
+    config = merge(arguments)
     check_mountpoint(config.mountpoint)
     if config.daemon.background:
         return _in_background(config)
@@ -98,18 +109,23 @@ def _serve(config: configuration.Config, on_ready: Callable[[Tuning], None]) -> 
         WorkerFailedError: The worker could not start serving.
         ModelfsError: The mount was refused.
     """
-    _setup_logging(config)
-    request = MountRequest(
+    setup_logging(config)
+    return Supervisor(request(config), on_ready).run()
+
+
+def request(config: configuration.Config, on_mounted: Callable[[], None] | None = None) -> MountRequest:
+    """Return what the supervisor needs to know."""
+    return MountRequest(
         mountpoint=config.mountpoint,
         source=config.sources[0].uri if len(config.sources) == 1 else "modelfs",
         allow_other=config.daemon.allow_other,
         worker_command=[sys.executable, "-m", "modelfs.daemon"],
-        start={"config": config.to_json(), "supervisor_pid": os.getpid()},
+        start={"config": config.to_json(), "supervisor_pid": os.getpid(), "began": _BEGAN},
+        on_mounted=on_mounted,
     )
-    return Supervisor(request, on_ready).run()
 
 
-def _setup_logging(config: configuration.Config) -> None:
+def setup_logging(config: configuration.Config) -> None:
     """As the worker's, without its imports: this process stays small."""
     if config.daemon.log_format == "json":
         form = '{"time": "%(asctime)s", "level": "%(levelname)s", "logger": "%(name)s", "message": "%(message)s"}'
@@ -136,6 +152,9 @@ def _in_background(config: configuration.Config) -> int:
         return _await_child(read_end)
     os.close(read_end)
     os.setsid()
+    with contextlib.suppress(OSError):
+        # Where sessions are scheduled as groups (sched(7)), the niceness of our threads counts only among themselves.
+        Path("/proc/self/autogroup").write_text(str(BACKGROUND_NICENESS))
     for target in (0, 1, 2):
         os.dup2(os.open(os.devnull, os.O_RDWR) if target == 0 else log_file, target)
 

@@ -69,8 +69,11 @@ class Reply:
 class Handler(Protocol):
     """What the front asks of the file system."""
 
-    def open(self, inode: int) -> None:
-        """Note that ``inode`` is open, which it may be already; raise ``ModelfsError`` to refuse."""
+    def open(self, inode: int, *, direct: bool) -> None:
+        """Note that ``inode`` is open, which it may be already; raise ``ModelfsError`` to refuse.
+
+        ``direct``: its reader goes around the page cache (O_DIRECT).
+        """
 
     def backing(self, inode: int) -> int | None:
         """Return a descriptor of the complete local file, which the caller closes, or ``None``."""
@@ -159,7 +162,7 @@ class Front:
     def _restore(self, inode: int) -> None:
         """Take over an open made through a worker before this one."""
         try:
-            self._handler.open(inode)
+            self._handler.open(inode, direct=False)
             self._handler.opened(inode, "passthrough" if self._opens.get(inode).passed else "cached")
         except (ModelfsError, OSError) as error:
             log.warning("an open file is gone, its reads fail: %s", error)
@@ -263,7 +266,7 @@ class Front:
             return
         state = self._opens.get(inode)
         try:
-            self._handler.open(inode)
+            self._handler.open(inode, direct=bool(flags & os.O_DIRECT))
             if unique != self._opens.last_unique or not (state.cached or state.passed):
                 state = self._count_open(unique, inode, state)
         except ModelfsError as error:

@@ -1,9 +1,10 @@
 """The long-lived process that owns the mount.
 
 It spawns the worker, mounts once the worker says ``prepared`` (so a wrong bucket never leaves a mount
-behind), answers the kernel's INIT, hands the descriptor over a socket, restarts a worker that died or
-hangs, and alone unmounts. While it lives the mount cannot become "Transport endpoint is not connected".
-It imports nothing heavy and allocates little: it must be the last thing the OOM killer finds.
+behind; or at once, when something is to start meanwhile), answers the kernel's INIT, hands the descriptor
+over a socket, restarts a worker that died or hangs, and alone unmounts. While it lives the mount cannot
+become "Transport endpoint is not connected". It imports nothing heavy and allocates little: it must be the
+last thing the OOM killer finds.
 
 Messages are JSON datagrams. To the worker: ``start`` (what to serve), ``connect`` (the descriptors).
 From the worker: ``prepared``, ``serving``, ``beat``, ``failed`` (one line and an exit code), ``unmounted``.
@@ -53,7 +54,9 @@ _MESSAGE_BYTES = 1024 * 1024
 class MountRequest:
     """What to mount and how to start the process that serves it.
 
-    ``start`` is passed through to the worker unread.
+    ``start`` is passed through to the worker unread. ``on_mounted``, where given, is called when the directory
+    is mounted, which then happens at once: the worker prepares meanwhile, and whoever looks into the directory
+    waits for it.
     """
 
     mountpoint: str
@@ -61,6 +64,7 @@ class MountRequest:
     allow_other: bool
     worker_command: Sequence[str]
     start: dict[str, object]
+    on_mounted: Callable[[], None] | None = None
 
 
 class WorkerFailedError(Exception):
@@ -237,9 +241,12 @@ class Supervisor:
                 )
             self._channel = ours
             self._starts += 1
-            start = {**self._request.start, "starts": self._starts, "mounted": self._descriptor >= 0}
+            start = {**self._request.start, "starts": self._starts, "mounted": self._announced}
             try:
                 _send(ours, {"start": start})
+                if self._request.on_mounted is not None and self._descriptor < 0:
+                    self._mount()
+                    self._request.on_mounted()
                 return self._watch(ours, self._worker)
             finally:
                 self._channel = None
@@ -252,6 +259,8 @@ class Supervisor:
             ready, _, _ = select.select([channel.fileno(), self._wake_read], [], [], left)
             if self._stopping:
                 return "stopped"
+            if self._wake_read in ready:
+                os.read(self._wake_read, 4096)  # a signal that asks for nothing, as of a child's end
             if not ready:
                 self._dump_stacks(worker)
                 return f"no sign of life for {HANG_SECONDS:.0f} s"
@@ -351,7 +360,8 @@ class Supervisor:
             try:
                 unmount(self._request.mountpoint)
             except (MountpointError, FuseUnavailableError) as error:
-                log.warning("%s; detaching it", error)
+                # Before the mount has answered nobody can have done anything in it.
+                log.log(logging.WARNING if self._announced else logging.DEBUG, "%s; detaching it", error)
                 try:
                     unmount(self._request.mountpoint, lazy=True)
                 except (MountpointError, FuseUnavailableError) as second:
@@ -368,6 +378,10 @@ class Supervisor:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Make ``run`` unmount and return; for signal handlers."""
         self._stopping = True
 
     def _sleep(self, seconds: float) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _PIECE = 64 * 1024
 
@@ -17,20 +17,19 @@ class _Bucket:
         self._free_at = time.monotonic()
         self._lock = threading.Lock()
 
-    def spend(self, count: int) -> None:
+    def spend(self, data: bytes) -> None:
         with self._lock:
             now = time.monotonic()
-            self._free_at = max(self._free_at, now - 0.1) + count / self._rate
+            self._free_at = max(self._free_at, now - 0.1) + len(data) / self._rate
             delay = self._free_at - now
         if delay > 0:
             time.sleep(delay)
 
 
-def _relay(source: socket.socket, target: socket.socket, bucket: _Bucket | None) -> None:
+def _relay(source: socket.socket, target: socket.socket, look: Callable[[bytes], None]) -> None:
     with contextlib.suppress(OSError):
         while data := source.recv(_PIECE):
-            if bucket is not None:
-                bucket.spend(len(data))
+            look(data)
             target.sendall(data)
     for end in (source, target):
         with contextlib.suppress(OSError):
@@ -38,8 +37,9 @@ def _relay(source: socket.socket, target: socket.socket, bucket: _Bucket | None)
 
 
 @contextlib.contextmanager
-def slow_proxy(port: int, bytes_per_second: float) -> Iterator[str]:
-    """Relay to ``127.0.0.1:port``; give the proxy's URL."""
+def slow_proxy(port: int, bytes_per_second: float, *, requests: list[bytes] | None = None) -> Iterator[str]:
+    """Relay to ``127.0.0.1:port``; give the proxy's URL. The heads of requests are added to ``requests``."""
+    heads = [] if requests is None else requests
     bucket = _Bucket(bytes_per_second)
     listener = socket.create_server(("127.0.0.1", 0))
     ends: list[socket.socket] = []
@@ -50,8 +50,8 @@ def slow_proxy(port: int, bytes_per_second: float) -> Iterator[str]:
                 client, _ = listener.accept()
                 server = socket.create_connection(("127.0.0.1", port))
                 ends.extend((client, server))
-                threading.Thread(target=_relay, args=(client, server, None), daemon=True).start()
-                threading.Thread(target=_relay, args=(server, client, bucket), daemon=True).start()
+                threading.Thread(target=_relay, args=(client, server, heads.append), daemon=True).start()
+                threading.Thread(target=_relay, args=(server, client, bucket.spend), daemon=True).start()
 
     thread = threading.Thread(target=accept, daemon=True)
     thread.start()

@@ -9,7 +9,7 @@ export MODELFS_MINISTACK := $(CURDIR)/.venv-ministack/bin/ministack
 BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev pkg-config libfuse3-dev fuse3
 TEST_PACKAGES := radosgw ceph-osd ceph-mon ceph-common util-linux procps
 
-.PHONY: help setup servers demo test check format bench test-engines clean
+.PHONY: help setup servers demo test check format bench bench-ttft bench-replay test-engines clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 16
@@ -50,6 +50,19 @@ format: .venv/.ready ## format and mend what ruff can mend
 	@.venv/bin/ruff format --quiet .
 	@.venv/bin/ruff check --quiet --fix .
 
+.venv-peers/.ready: bench/peers.txt
+	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r bench/peers.txt
+	@touch $@
+
+bench-ttft: .venv/.ready servers .venv-peers/.ready .venv-engines/.ready ## time to first token beside every peer; TTFT="--engines ... --shapes ..."
+	@.ci/system-packages s3fs fuse3 gcc libc6-dev
+	@.venv/bin/python -m bench.ttft $(TTFT)
+
+bench-replay: .venv/.ready servers ## an engine with an order of its own, without and with a trace
+	@.ci/system-packages gcc libc6-dev
+	@.venv/bin/python -m bench.replay
+
 bench: .venv/.ready servers ## medians and ratios beside s5cmd and the local file system
 	@.ci/system-packages $(TEST_PACKAGES)
 	@.venv/bin/python -m bench.reads
@@ -65,4 +78,4 @@ test-engines: .venv/.ready servers .venv-engines/.ready ## real engines read fro
 	@MODELFS_ENGINE_PYTHON=$(CURDIR)/.venv-engines/bin/python .venv/bin/pytest -m engines -s tests/engines
 
 clean: ## remove everything the other targets made
-	rm -rf .venv .venv-tools .venv-ministack .venv-engines .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results
+	rm -rf .venv .venv-tools .venv-ministack .venv-engines .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results

@@ -1,11 +1,15 @@
-"""Write a small GGUF of the Llama architecture with seeded random weights. Usage: make_gguf.py FILE."""
+"""Write a small GGUF of the Llama architecture with seeded random weights. Usage: make_gguf.py FILE [small|large].
+
+small is 0.14 GB, for tests; large is 1.4 GB, for benchmarks.
+"""
 
 import sys
 
 import gguf
 import numpy as np
 
-WIDTH, INNER, BLOCKS, HEADS, KV_HEADS, VOCABULARY = 768, 2048, 8, 12, 4, 8000
+SIZES = {"small": (768, 2048, 8, 12, 4, 8000), "large": (2048, 5632, 12, 32, 8, 32000)}
+WIDTH, INNER, BLOCKS, HEADS, KV_HEADS, VOCABULARY = SIZES[sys.argv[2] if len(sys.argv) > 2 else "small"]
 BYTE_TOKENS = 256
 
 

@@ -1,6 +1,6 @@
 """Write a Llama-architecture model with seeded random weights, several shards and a real tokenizer.
 
-Usage: make_model.py DIRECTORY [HIDDEN] [LAYERS]. Runs in the engines' environment.
+Usage: make_model.py DIRECTORY [HIDDEN] [LAYERS] [SHARD]. Runs in the engines' environment.
 """
 
 import sys
@@ -16,6 +16,7 @@ def main() -> None:
     target = sys.argv[1]
     hidden = int(sys.argv[2]) if len(sys.argv) > 2 else 1024
     layers = int(sys.argv[3]) if len(sys.argv) > 3 else 12
+    shard = sys.argv[4] if len(sys.argv) > 4 else "100MB"
     torch.manual_seed(20)
     config = LlamaConfig(
         hidden_size=hidden,
@@ -30,7 +31,7 @@ def main() -> None:
         eos_token_id=2,
         dtype="bfloat16",
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(target, max_shard_size="100MB")
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(target, max_shard_size=shard)
     words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, VOCABULARY)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

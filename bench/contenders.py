@@ -1,4 +1,4 @@
-"""The ways of getting a model from the bucket to an engine that bench/ttft and bench/micro compare.
+"""The ways of getting a model from the bucket to an engine that the benchmarks compare.
 
 ``prepare`` brings a contender into its starting state and is not timed; ``start`` is: it returns the path
 that the engine is given. Each one has the settings that its own documentation recommends for large objects
@@ -17,6 +17,7 @@ from bench.origin import BUCKET
 from modelfs.cli.client import locate, status_of
 from modelfs.cli.embedded import ObjectStore
 from modelfs.fuse.tuning import mount_at
+from tests.support.pages import cached_bytes
 
 MODELFS = str(Path(sys.executable).with_name("modelfs"))
 PEERS = Path(__file__).resolve().parent.parent / ".venv-peers" / "bin"
@@ -36,13 +37,7 @@ def drop_pages(directory: Path) -> None:
     for path in files:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if not files:
-        return
-    shown = subprocess.run(
-        ["fincore", "--bytes", "--noheadings", "--raw", "--output", "RES", *files],
-        check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
-    left = sum(map(int, shown.split()))
+    left = cached_bytes(files)
     if left > sum(path.stat().st_size for path in files) // 100:
         raise RuntimeError(f"{left} bytes of {directory} are still in the page cache")
 
@@ -65,8 +60,6 @@ def version(*command: str) -> str:
 class Contender:
     """One way. ``home`` is its own directory, ``prefix`` the model's place in the bucket."""
 
-    name = ""
-
     def __init__(self, store: ObjectStore, home: Path, prefix: str) -> None:
         self.store = store
         self.home = home
@@ -86,6 +79,7 @@ class Contender:
 
     def prepare(self) -> None:
         """Bring everything into the starting state."""
+        self.clean()
 
     def clean(self) -> None:
         """Give back the disk that a run took."""
@@ -112,8 +106,6 @@ class Contender:
 class Local(Contender):
     """The floor: the files lie on the local disk, out of the page cache."""
 
-    name = "local disk"
-
     def __init__(self, store: ObjectStore, home: Path, prefix: str, model: Path) -> None:
         super().__init__(store, home, prefix)
         self.model = model
@@ -131,7 +123,6 @@ class Local(Contender):
 class Modelfs(Contender):
     """A cold mount with everything at its default."""
 
-    name = "modelfs"
     options: tuple[str, ...] = ()
 
     @property
@@ -159,9 +150,6 @@ class Modelfs(Contender):
         subprocess.run([MODELFS, "umount", str(self.point)], env=self.environment, check=True)
         return figures
 
-    def prepare(self) -> None:
-        self.clean()
-
     def clean(self) -> None:
         self._clear("cache")
 
@@ -171,8 +159,6 @@ class Modelfs(Contender):
 
 class ModelfsRun(Modelfs):
     """The engine is started by modelfs, beside the mount."""
-
-    name = "modelfs run"
 
     @property
     def command(self) -> list[str]:
@@ -192,14 +178,11 @@ class ModelfsRun(Modelfs):
 class ModelfsOnDemand(Modelfs):
     """Nothing is fetched before it is read."""
 
-    name = "modelfs, prefetch off"
     options = ("--prefetch", "off")
 
 
 class ModelfsWarm(Modelfs):
     """A new mount of a full store, out of the page cache."""
-
-    name = "modelfs, warm store"
 
     def prepare(self) -> None:
         if not (self.home / "cache").exists():
@@ -218,13 +201,9 @@ class ModelfsWarm(Modelfs):
 class ModelfsWarmRun(ModelfsRun, ModelfsWarm):
     """``modelfs run`` with a full store, out of the page cache."""
 
-    name = "modelfs run, warm store"
-
 
 class ModelfsMounted(ModelfsWarm):
     """A mount that is there already, its store full and out of the page cache."""
-
-    name = "modelfs, warm, already mounted"
 
     def prepare(self) -> None:
         super().prepare()
@@ -239,8 +218,6 @@ class ModelfsMounted(ModelfsWarm):
 class S5cmd(Contender):
     """Download everything, then start."""
 
-    name = "s5cmd, then start"
-
     @property
     def command(self) -> list[str]:
         source = f"s3://{BUCKET}/{self.prefix}*"
@@ -252,9 +229,6 @@ class S5cmd(Contender):
     def describe(self) -> str:
         return f"s5cmd {version(program('s5cmd'), 'version')}: {super().describe()}"
 
-    def prepare(self) -> None:
-        self.clean()
-
     def clean(self) -> None:
         self._clear("mnt")
 
@@ -262,7 +236,6 @@ class S5cmd(Contender):
 class AwsSync(Contender):
     """Download everything with the AWS command line, then start."""
 
-    name = "aws s3 sync, then start"
     settings = (
         "[default]\ns3 =\n  max_concurrent_requests = 32\n  multipart_chunksize = 16MB\n  max_queue_size = 10000\n"
     )
@@ -285,10 +258,19 @@ class AwsSync(Contender):
         self.environment["AWS_CONFIG_FILE"] = str(self.home / "aws-config")
 
 
-class Rclone(Contender):
-    """rclone mount with the settings its manual names for fast object stores."""
+class PeerMount(Contender):
+    """A mount of someone else's, with a disk cache in ``home``."""
 
-    name = "rclone mount"
+    def clean(self) -> None:
+        self._clear("cache")
+
+    def stop(self) -> dict[str, float]:
+        unmount(self.point)
+        return {}
+
+
+class Rclone(PeerMount):
+    """rclone mount with the settings its manual names for fast object stores."""
 
     @property
     def command(self) -> list[str]:
@@ -303,9 +285,6 @@ class Rclone(Contender):
     def describe(self) -> str:
         return f"{version(program('rclone'), 'version')}: {super().describe()}"
 
-    def clean(self) -> None:
-        self._clear("cache")
-
     def prepare(self) -> None:
         self.clean()
         self.environment |= {
@@ -317,15 +296,9 @@ class Rclone(Contender):
         }
         (self.home / "rclone.conf").touch()
 
-    def stop(self) -> dict[str, float]:
-        unmount(self.point)
-        return {}
 
-
-class S3fs(Contender):
+class S3fs(PeerMount):
     """s3fs with its disk cache and the kernel's page cache."""
-
-    name = "s3fs"
 
     @property
     def command(self) -> list[str]:
@@ -347,18 +320,11 @@ class S3fs(Contender):
     def describe(self) -> str:
         return f"{version(program('s3fs'), '--version')}: {super().describe()}"
 
-    def clean(self) -> None:
-        self._clear("cache")
-
     def prepare(self) -> None:
         self.clean()
         password = self.home / "passwd"
         password.write_text(f"{self.store.access_key}:{self.store.secret_key}\n")
         password.chmod(0o600)
-
-    def stop(self) -> dict[str, float]:
-        unmount(self.point)
-        return {}
 
 
 def unmount(point: Path) -> None:

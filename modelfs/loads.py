@@ -123,8 +123,8 @@ class Loads:
         if directory is None:
             return
         now = time.monotonic()
-        load = self.recent[-1] if self.recent else None
-        if load is None or load.model != directory.path or now - load.last > IDLE_SECONDS:
+        load = next((load for load in reversed(self.recent) if load.model == directory.path), None)
+        if load is None or now - load.last > IDLE_SECONDS:
             weights = [item for item in model_files(directory) if is_weights(item.name)]
             load = Load(directory.path, sum(item.info.size for item in weights), now)
             self.recent.append(load)

@@ -10,7 +10,10 @@ SIZE = 2 * CHUNK_BYTES
 
 
 def model():
-    sizes = {"config.json": 10, "a.safetensors": SIZE, "b.safetensors": SIZE}
+    return files({"config.json": 10, "a.safetensors": SIZE, "b.safetensors": SIZE})
+
+
+def files(sizes):
     objects = tuple(ObjectInfo(ObjectId("s3://b", key, "v"), size, 0) for key, size in sizes.items())
     tree = Tree([Listing("", "", objects)], TreeConfig())
     return [tree.find(name) for name in sizes]
@@ -61,6 +64,14 @@ def test_a_load_that_used_half_of_the_weights_leaves_no_trace():
     load.end("origin", 1.0)
     assert load.touched_bytes == SIZE
     assert load.trace() is None
+
+
+def test_models_opened_in_turns_are_one_load_each():
+    ours, theirs = files({"one/a.safetensors": SIZE, "two/a.safetensors": SIZE})
+    loads = Loads()
+    for file in (ours, theirs, ours, theirs):
+        loads.opened(file, "cached")
+    assert [load.model for load in loads.recent] == ["one", "two"]
 
 
 async def test_every_load_is_handed_over_once(autojump_clock, monkeypatch):
@@ -116,8 +127,9 @@ def test_why_names_the_shares():
 
 
 def test_advice_fits_the_cause():
-    assert advice(status(), load_document(0.1, 0.1), 5e8, 0) == []
-    assert "prefetch off" in advice(status(prefetch="off"), load_document(5, 0), 5e8, 0)[0]
-    assert "mount earlier" in advice(status(), load_document(5, 0), 5e8, 1e10)[0]
-    assert "faster one" in advice(status(), load_document(0, 5), 5e8, 0)[0]
-    assert "failed" in advice(status(origin={"errors": 3}), load_document(0, 0), 5e8, 0)[0]
+    assert advice(status(), {"origin": 0.01, "store": 0.01}, 5e8, 0) == []
+    waited = {"origin": 0.5, "store": 0.0}
+    assert "prefetch off" in advice(status(prefetch="off"), waited, 5e8, 0)[0]
+    assert "mount earlier" in advice(status(), waited, 5e8, 1e10)[0]
+    assert "faster one" in advice(status(), {"origin": 0.0, "store": 0.5}, 5e8, 0)[0]
+    assert "failed" in advice(status(origin={"errors": 3}), {"origin": 0.0, "store": 0.0}, 5e8, 0)[0]

@@ -13,6 +13,7 @@ from modelfs.chunks import CHUNK_BYTES
 from modelfs.cli.embedded import ObjectStore
 from modelfs.fuse.tuning import mount_at
 from tests.support.mounting import PROGRAM, Mounted, run
+from tests.support.pages import cached_bytes
 from tests.support.slow_proxy import slow_proxy
 
 pytestmark = pytest.mark.fuse
@@ -77,24 +78,13 @@ def test_a_signal_is_passed_on(bucket, tmp_path):
     assert not mount_at(str(tmp_path / "mnt"))
 
 
-def pages_of(directory):
-    files = list(directory.iterdir())
-    if not files:
-        return 0
-    done = subprocess.run(
-        ["fincore", "--bytes", "--noheadings", "--raw", "--output", "RES", *files],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return sum(map(int, done.stdout.split()))
-
-
 def test_a_complete_model_goes_into_the_page_cache(bucket, mounted):
     data = bucket.put("p/model.safetensors", os.urandom(3 * CHUNK_BYTES))
     mount = mounted(bucket, prefix="p/")
     deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and pages_of(mount.cache / "data") < len(data):
+    while time.monotonic() < deadline and cached_bytes(list((mount.cache / "data").iterdir())) < len(data):
         time.sleep(0.1)
-    assert pages_of(mount.cache / "data") >= len(data)
+    assert cached_bytes(list((mount.cache / "data").iterdir())) >= len(data)
     assert (mount.path / "model.safetensors").read_bytes() == data
 
 

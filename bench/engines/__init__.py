@@ -15,17 +15,10 @@ from typing import Any
 from bench.contenders import Contender
 from bench.origin import BUCKET
 from modelfs.cli.embedded import ObjectStore, free_port
+from tests.engines import ENVIRONMENT
 
 PYTHON = str(Path(__file__).resolve().parents[2] / ".venv-engines" / "bin" / "python")
 HERE = Path(__file__).parent
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "2",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-}
 TIMEOUT_SECONDS = 600.0
 PROMPT = [1, 7, 77, 777]
 Marks = dict[str, Any]

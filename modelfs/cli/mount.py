@@ -92,13 +92,14 @@ def run(arguments: argparse.Namespace) -> int:
     if config.daemon.background:
         return _in_background(config)
     try:
-        return _serve(config, _announce)
+        return _serve(config, announce)
     except WorkerFailedError as error:
         print(f"modelfs: {error}", file=sys.stderr)
         return error.exit_code
 
 
-def _announce(tuning: Tuning) -> None:
+def announce(_tuning: Tuning) -> None:
+    """Tell systemd that the mount answers."""
     notify_systemd(f"READY=1\nSTATUS=serving\nMAINPID={os.getpid()}")
 
 
@@ -171,7 +172,7 @@ def _serve_in_child(config: configuration.Config, write_end: int) -> int:
     def ready(tuning: Tuning) -> None:
         os.write(write_end, json.dumps(["", 0]).encode())
         os.close(write_end)
-        _announce(tuning)
+        announce(tuning)
 
     try:
         return _serve(config, ready)

@@ -15,7 +15,6 @@ import sys
 from modelfs.cli import mount
 from modelfs.errors import ConfigError
 from modelfs.fuse.supervisor import Supervisor, WorkerFailedError, check_mountpoint
-from modelfs.fuse.tuning import Tuning
 
 COMMAND_STOP_SECONDS = 10.0
 """Time the command gets to end when the mount failed."""
@@ -45,12 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
     check_mountpoint(config.mountpoint)
     mount.setup_logging(config)
     beside = _Beside(command)
-    supervisor = Supervisor(mount.request(config, on_mounted=beside.start), beside.ready)
+    supervisor = Supervisor(mount.request(config, on_mounted=beside.start), mount.announce)
     beside.supervisor = supervisor
     try:
         supervisor.run()
     except WorkerFailedError as error:
-        beside.stop()
         print(f"modelfs: {error}", file=sys.stderr)
         return error.exit_code
     finally:
@@ -73,9 +71,6 @@ class _Beside:
             signal.signal(number, self._pass_on)
         signal.signal(signal.SIGCHLD, self._look)
         self._look(signal.SIGCHLD, None)  # it may have ended before anyone listened
-
-    def ready(self, _tuning: Tuning) -> None:
-        """Nothing waits for this: the command has begun long ago."""
 
     def _pass_on(self, number: int, _frame: object) -> None:
         # A terminal sends ctrl-c to the whole group, the command included.

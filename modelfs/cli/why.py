@@ -73,20 +73,27 @@ def explain(status: dict[str, Any], load: dict[str, Any], card: float) -> str:
     if load["first_weights_seconds"] is not None:
         lines.append(f"  {load['first_weights_seconds']:7.2f} s  first weight file opened")
     unseen = f"{opens['passthrough']} of {sum(opens.values())} opens of weights were complete files"
+    shares = {cause: seconds / whole for cause, seconds in waits.items()}
     lines += [
         f"  {last:7.2f} s  last open or read seen here ({unseen}, which the kernel reads without us)",
         f"of the {whole:.2f} s from the first open to the last read:",
-        f"  {waits['origin']:7.2f} s {waits['origin'] / whole:5.0%}  waiting for the bucket ({download})",
-        f"  {waits['store']:7.2f} s {waits['store'] / whole:5.0%}  reading the cache disk",
+        f"  {waits['origin']:7.2f} s {shares['origin']:5.0%}  waiting for the bucket ({download})",
+        f"  {waits['store']:7.2f} s {shares['store']:5.0%}  reading the cache disk",
         f"  {rest:7.2f} s {rest / whole:5.0%}  the engine's own work, and files read without us",
     ]
-    return "\n".join([*lines, *(f"- {line}" for line in advice(status, load, rate, card))])
+    return "\n".join([*lines, *(f"- {line}" for line in advice(status, shares, rate, card))])
 
 
-def advice(status: dict[str, Any], load: dict[str, Any], rate: float, card: float) -> list[str]:
-    """Return what to change, the weightiest first; see ``explain`` for the arguments."""
-    whole = max(load["last_read_seconds"] - load["first_open_seconds"], 0.001)
-    origin, store = (load["waited_seconds"][cause] / whole for cause in ("origin", "store"))
+def advice(status: dict[str, Any], shares: dict[str, float], rate: float, card: float) -> list[str]:
+    """Return what to change, the weightiest first.
+
+    Args:
+        status: The daemon's status document.
+        shares: Parts of the load's time that were spent waiting, by cause.
+        rate: Bytes per second of the download.
+        card: See ``explain``.
+    """
+    origin, store = shares["origin"], shares["store"]
     found = []
     if origin > _NOTABLE and status["prefetch"] == "off":
         found.append("nothing is downloaded before it is read: mount without --prefetch off")

@@ -364,10 +364,9 @@ class _Body:
     """
 
     def __init__(self, response: Any, length: int) -> None:  # noqa: ANN401
-        self._connection = response._connection
         self._response = response._fp
         self._left = length
-        sock = getattr(self._connection, "sock", None)
+        sock = getattr(response._connection, "sock", None)
         # Of TLS only its own layer can read, a record at a time; and a chunked body has more in it than its bytes.
         plain = type(sock) is socket.socket and not self._response.chunked and self._response.length == length
         self._socket = sock if plain else None

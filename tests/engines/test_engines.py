@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from modelfs.cli.embedded import ObjectStore, await_http, free_port
+from tests.engines import ENVIRONMENT
 from tests.support.mounting import Mounted
 from tests.support.slow_proxy import slow_proxy
 
@@ -19,14 +20,6 @@ pytestmark = [pytest.mark.engines, pytest.mark.fuse, pytest.mark.timeout(900)]
 HERE = Path(__file__).parent
 RATE = 12 * 1024 * 1024
 """Bytes per second: slow enough that the download outlasts the engine's imports."""
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "2",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-}
 
 
 @pytest.fixture(scope="session")

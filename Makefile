@@ -63,9 +63,9 @@ bench-replay: .venv/.ready servers ## an engine with an order of its own, withou
 	@.ci/system-packages gcc libc6-dev
 	@.venv/bin/python -m bench.replay
 
-bench: .venv/.ready servers ## medians and ratios beside s5cmd and the local file system
-	@.ci/system-packages $(TEST_PACKAGES)
-	@.venv/bin/python -m bench.reads
+bench: .venv/.ready servers .venv-peers/.ready ## reads of every kind beside rclone, s3fs, s5cmd and the local disk; MICRO="--shapes ... --only ..."
+	@.ci/system-packages s3fs fuse3 fio gcc libc6-dev openssl
+	@.venv/bin/python -m bench.micro $(MICRO)
 
 .venv-engines/.ready: tests/engines/requirements.txt
 	@.ci/system-packages python3-venv python3-dev gcc g++ cmake libc6-dev libnuma1

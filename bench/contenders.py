@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.origin import BUCKET
+from bench.usage import cpu_seconds, daemon_pids, peak_mib
 from modelfs.cli.client import locate, status_of
 from modelfs.cli.embedded import ObjectStore
 from modelfs.fuse.tuning import mount_at
@@ -93,6 +94,10 @@ class Contender:
         """Return the command that starts the engine."""
         return command
 
+    def pids(self) -> list[int]:
+        """Return the processes of what ``start`` left running."""
+        return daemon_pids(str(self.point))
+
     def stop(self) -> dict[str, float]:
         """Undo ``start``; return figures worth recording."""
         return {}
@@ -146,7 +151,12 @@ class Modelfs(Contender):
 
     def umount(self) -> dict[str, float]:
         """Unmount; return the daemon's figures."""
-        figures = worker_figures(self.point)
+        pids = self.pids()
+        figures = {
+            "cpu_seconds": cpu_seconds(pids),
+            "peak_mib": peak_mib(pids),
+            "origin_bytes": mount_status(self.point)["fetch"]["received_bytes"],
+        }
         subprocess.run([MODELFS, "umount", str(self.point)], env=self.environment, check=True)
         return figures
 
@@ -346,18 +356,3 @@ def mount_status(point: Path) -> dict[str, Any]:
     """Return the status of the modelfs mount at ``point``."""
     mount, _ = locate(str(point))
     return status_of(mount)
-
-
-def worker_figures(point: Path) -> dict[str, float]:
-    """Return CPU seconds, peak memory and bytes from the origin of the daemon that serves ``point``."""
-    status = mount_status(point)
-    supervisor = status["pid"]
-    worker = int(Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()[0])
-    fields = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()
-    lines = Path(f"/proc/{worker}/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    return {
-        "cpu_seconds": (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"),
-        "peak_mib": peak / 1024,
-        "origin_bytes": status["fetch"]["received_bytes"],
-    }

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import boto3
 from boto3.s3.transfer import TransferConfig
@@ -31,12 +32,14 @@ class Shape:
     connection_rate: int = 0
     first_byte_ms: int = 0
     total_rate: int = 0
+    tls: bool = False
 
     def describe(self) -> str:
         parts = [
             f"{self.connection_rate / 1e6:.0f} MB/s per connection" if self.connection_rate else "",
             f"{self.first_byte_ms} ms to the first byte" if self.first_byte_ms else "",
             f"{self.total_rate / MIB:.0f} MiB/s in all" if self.total_rate else "",
+            "TLS" if self.tls else "",
         ]
         return ", ".join(part for part in parts if part) or "no limit"
 
@@ -44,6 +47,7 @@ class Shape:
 S3_LIKE = Shape("s3", connection_rate=90_000_000, first_byte_ms=20)
 NIC = Shape("nic", connection_rate=90_000_000, first_byte_ms=20, total_rate=400 * MIB)
 UNSHAPED = Shape("unshaped")
+TLS = Shape("tls", tls=True)
 
 
 def slow(total_rate: int) -> Shape:
@@ -54,18 +58,26 @@ def slow(total_rate: int) -> Shape:
 class Origin:
     """A running server whose shape can be changed."""
 
-    def __init__(self, server: Rgw, library: Path) -> None:
+    def __init__(self, server: Rgw, home: Path) -> None:
         self._server = server
-        self._library = library
-        self.store: ObjectStore = server.store
-        self.client = boto3.client(
+        self._home = home
+        self._library = _compile_shaper(home)
+        self.client = self._make_client()
+        self.client.create_bucket(Bucket=BUCKET)
+
+    @property
+    def store(self) -> ObjectStore:
+        """The server as it is reached now."""
+        return self._server.store
+
+    def _make_client(self) -> Any:  # noqa: ANN401
+        return boto3.client(
             "s3",
             endpoint_url=self.store.endpoint_url,
             region_name="us-east-1",
             aws_access_key_id=self.store.access_key,
             aws_secret_access_key=self.store.secret_key,
         )
-        self.client.create_bucket(Bucket=BUCKET)
 
     def upload(self, directory: Path, prefix: str) -> int:
         """Put every file of ``directory`` under ``prefix``; return the bytes."""
@@ -84,8 +96,31 @@ class Origin:
             "SHAPER_FIRST_BYTE_USEC": str(shape.first_byte_ms * 1000),
             "SHAPER_TOTAL_RATE": str(shape.total_rate),
         }
-        self._server.start_gateway(**(environment if shape != UNSHAPED else {}))
+        certificate = self._trust_certificate() if shape.tls else None
+        limited = shape.connection_rate or shape.first_byte_ms or shape.total_rate
+        self._server.start_gateway(certificate, **(environment if limited else {}))
+        self.client = self._make_client()
         self._step_aside()
+
+    def _trust_certificate(self) -> Path:
+        """Make a certificate, once, and let every program that is started from here trust it."""
+        path = self._home / "certificate.pem"
+        if not path.exists():
+            subprocess.run(
+                ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "30", "-subj", "/CN=127.0.0.1",
+                 "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", path, "-out", path.with_suffix(".crt")],
+                check=True, capture_output=True,
+            )  # fmt: skip
+            with path.open("a") as bundle:
+                bundle.write(path.with_suffix(".crt").read_text())
+            for name in ("AWS_CA_BUNDLE", "SSL_CERT_FILE", "CURL_CA_BUNDLE"):
+                os.environ[name] = str(path.with_suffix(".crt"))
+        return path
+
+    def sent(self) -> tuple[int, int]:
+        """Return how many GETs of objects the gateway has answered since its start, and with how many bytes."""
+        counters = self._server.counters()
+        return counters["get"], counters["get_b"]
 
     def _step_aside(self) -> None:
         """Give the server a low priority: what it computes would be computed elsewhere."""
@@ -100,9 +135,11 @@ class Origin:
 def origin() -> Iterator[Origin]:
     """Run a server while in the block."""
     with tempfile.TemporaryDirectory(prefix="modelfs-shaper-") as home, rgw() as server:
-        library = Path(home) / "shaper.so"
-        source = Path(__file__).with_name("shaper.c")
-        subprocess.run(
-            ["cc", "-shared", "-fPIC", "-O2", "-o", str(library), str(source), "-ldl", "-lpthread"], check=True
-        )
-        yield Origin(server, library)
+        yield Origin(server, Path(home))
+
+
+def _compile_shaper(home: Path) -> Path:
+    library = home / "shaper.so"
+    source = Path(__file__).with_name("shaper.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-o", str(library), str(source), "-ldl", "-lpthread"], check=True)
+    return library

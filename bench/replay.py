@@ -20,8 +20,8 @@ from pathlib import Path
 
 from bench import contenders as ways
 from bench.memory import Filler
+from bench.micro import read_file
 from bench.origin import BUCKET, MIB, NIC, origin
-from bench.reads import read_file
 
 SHARDS = 8
 SHARD_MIB = 128

@@ -4,6 +4,8 @@ A real S3 implementation. Faster than a production cluster (memory store, no mes
 """
 
 import contextlib
+import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -26,7 +28,7 @@ _QUICK_MALLOC = {
 }
 
 
-def _settings(home: Path, fsid: str, mon_port: int, port: int) -> str:
+def _settings(home: Path, fsid: str, mon_port: int) -> str:
     common = {
         "fsid": fsid,
         "mon_host": f"[v2:127.0.0.1:{mon_port}]",
@@ -69,7 +71,6 @@ def _settings(home: Path, fsid: str, mon_port: int, port: int) -> str:
             "osd_op_num_threads_per_shard": 1,
         },
         "client.rgw": {
-            "rgw_frontends": f"beast endpoint=127.0.0.1:{port} tcp_nodelay=1",
             "rgw_thread_pool_size": 64,
             "rgw_enable_usage_log": "false",
             "rgw_enable_ops_log": "false",
@@ -110,7 +111,7 @@ class Rgw:
         for name in ("mon", "osd", "run"):
             (home / name).mkdir()
         mon_port = free_port()
-        (home / "ceph.conf").write_text(_settings(home, fsid, mon_port, self.port))
+        (home / "ceph.conf").write_text(_settings(home, fsid, mon_port))
         conf, keyring, monmap = (str(home / name) for name in ("ceph.conf", "keyring", "monmap"))
         self._run(
             "monmaptool", "--create", "--clobber", "--addv", "a", f"[v2:127.0.0.1:{mon_port}]", "--fsid", fsid, monmap
@@ -135,14 +136,28 @@ class Rgw:
             f"--access-key={ACCESS_KEY}", f"--secret-key={SECRET_KEY}",
         )  # fmt: skip
 
-    def start_gateway(self, **environment: str) -> None:
-        """Start radosgw alone; the objects stay in the OSD."""
+    def start_gateway(self, certificate: Path | None = None, **environment: str) -> None:
+        """Start radosgw alone; the objects stay in the OSD. With a ``certificate`` (and key) it speaks TLS."""
         owner = ("--setuser", "root", "--setgroup", "root") if os.geteuid() == 0 else ()
-        command = ["radosgw", "-c", str(self.home / "ceph.conf"), "-n", "client.rgw", *owner]
+        plain, tls = (
+            f"endpoint=127.0.0.1:{self.port}",
+            f"ssl_endpoint=127.0.0.1:{self.port} ssl_certificate={certificate}",
+        )
+        front = f"--rgw-frontends=beast {tls if certificate else plain} tcp_nodelay=1"
+        self.store = dataclasses.replace(
+            self.store, endpoint_url=f"http{'s' if certificate else ''}://127.0.0.1:{self.port}"
+        )
+        command = ["radosgw", "-c", str(self.home / "ceph.conf"), "-n", "client.rgw", front, *owner]
         subprocess.run(
             command, check=True, timeout=60, capture_output=True, env={**os.environ, **_QUICK_MALLOC, **environment}
         )
         await_http(self.store.endpoint_url)
+
+    def counters(self) -> dict[str, int]:
+        """Return the gateway's own counts of requests and bytes."""
+        document = self._run("ceph", "--admin-daemon", str(self.home / "run/client.rgw.asok"), "perf", "dump", "rgw")
+        counts: dict[str, int] = json.loads(document)["rgw"]
+        return counts
 
     def pids(self) -> list[int]:
         found = []

@@ -21,7 +21,8 @@ $(UV):
 
 .venv/.ready: pyproject.toml uv.lock | $(UV)
 	@.ci/system-packages $(BUILD_PACKAGES)
-	@$(UV) sync --quiet --locked
+	@$(UV) sync --quiet --locked --compile-bytecode
+	@.venv/bin/python -m compileall -q modelfs
 	@touch $@
 
 .venv-ministack/.ready: tests/ministack.txt | $(UV)

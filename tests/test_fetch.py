@@ -259,7 +259,7 @@ async def test_cancelled_reader_leaves_nothing_behind(engine):
     assert await made.read(stored, ByteRange(0, 10)) == data[:10]
     await made.settle()
     assert len(made.origin.requests) == 1
-    assert made.fetch._reclaimable() is not None  # kept until it is needed, held by nobody
+    assert [active.refs for active in made.fetch._active.values()] == [0]  # kept until it is needed, held by nobody
 
 
 async def test_plan_larger_than_the_cache_is_fetched_at_most_once(engine):

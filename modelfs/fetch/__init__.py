@@ -25,7 +25,6 @@ from modelfs.chunks import CHUNK_BYTES, MIB, ByteRange, ObjectInfo, chunks_of
 from modelfs.errors import ObjectChangedError, OriginError, ReadTimeoutError
 from modelfs.fetch.pace import INTERVAL_SECONDS, Pace
 from modelfs.fetch.runs import (
-    DEMAND_BUFFERS,
     DEMAND_RUNS,
     Active,
     Ahead,
@@ -54,6 +53,8 @@ STALL_SECONDS = 10.0
 """A run that gained no slice for so long is broken off and resumed on another connection."""
 READ_DEADLINE_SECONDS = 60.0
 """Longest wait of a reader without progress."""
+WRITERS = 4
+"""Chunks written at once: with two, sixteen readers at once nearly always had chunks served and not kept."""
 WINDOW_CHUNKS = 8
 """Largest read-ahead, in chunks, of a file that is read in order but not prefetched."""
 _RETRY_SECONDS = 0.5
@@ -102,7 +103,7 @@ class Fetch:
         self._work = trio.Event()
         self._plan_failures = 0
         self._plan_resume = 0.0
-        self._write_limiter = trio.CapacityLimiter(2)
+        self._write_limiter = trio.CapacityLimiter(WRITERS)
         self._max_runs = max_runs
         self._pace = Pace(max(1, max_runs - DEMAND_RUNS))
         self._ended_runs_bytes = 0
@@ -330,7 +331,7 @@ class Fetch:
                 return Run(stored, index, index + 1, demand=True)
         if len(self._runs) >= self._pace.allowed:
             return None
-        if self._pool.used >= self._pool.capacity - DEMAND_BUFFERS and not self._reclaimable():
+        if self._reclaimable(demand=False) is None:
             return None
         if time.monotonic() < self._plan_resume:
             return None
@@ -387,19 +388,25 @@ class Fetch:
 
     # -- running ------------------------------------------------------------------------------------
 
-    def _reclaimable(self) -> Active | None:
-        """Return the oldest complete chunk that only lies in memory and that nobody reads."""
-        return next(
-            (active for active in self._active.values() if active.complete and not active.refs and not active.writing),
-            None,
+    def _reclaimable(self, *, demand: bool) -> list[Active] | None:
+        """Return the chunks to give up for another buffer: the oldest that only lie in memory and that nobody reads.
+
+        ``None`` if there are too few; an empty list where a buffer is free.
+        """
+        lacking = self._pool.lacking(demand=demand)
+        held = (
+            active for active in self._active.values() if active.complete and not active.refs and not active.writing
         )
+        victims = list(itertools.islice(held, lacking))
+        return victims if len(victims) == lacking else None
 
     def _take_buffer(self, *, demand: bool) -> mmap.mmap | None:
-        buffer = self._pool.take(demand=demand)
-        if buffer is None and (victim := self._reclaimable()):
+        victims = self._reclaimable(demand=demand)
+        if victims is None:
+            return None
+        for victim in victims:
             self._forget(victim)
-            buffer = self._pool.take(demand=demand)
-        return buffer
+        return self._pool.take()
 
     def _begin_chunk(self, run: Run, index: int) -> Active | None:
         """Give chunk ``index`` of ``run`` a buffer and make it active; ``None`` if there is no room for it."""

@@ -23,9 +23,9 @@ MIN_SLICE_BYTES = 64 * 1024
 MAX_SLICE_BYTES = 1024 * 1024
 """Bytes received before waiting readers are looked at: few at first, and as many as come in ``SLICE_SECONDS``."""
 SLICE_SECONDS = 0.02
-DEMAND_BUFFERS = 2
 DEMAND_RUNS = 2
-"""Buffers and downloads that only demand may take, so that no plan can starve a reader."""
+"""Downloads that only demand may start, so that no plan can starve a reader."""
+_LEAST_BUFFERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +123,19 @@ class Pool:
     """Chunk buffers, allocated once and reused: fresh memory costs more than receiving into it."""
 
     def __init__(self, budget_bytes: int, metrics: Metrics) -> None:
-        self.capacity = max(DEMAND_BUFFERS + 2, budget_bytes // CHUNK_BYTES)
+        self.capacity = max(_LEAST_BUFFERS, budget_bytes // CHUNK_BYTES)
+        # A third is left to demand: the plan is no faster with more, and memory that is fresh costs processor time.
+        self._plan_capacity = self.capacity - max(2, self.capacity // 3)
         self._free: list[mmap.mmap] = []
         self.used = 0
         self._metrics = metrics
 
-    def take(self, *, demand: bool) -> mmap.mmap | None:
-        """Return a free buffer, or ``None`` if the budget is used up."""
-        if self.used >= self.capacity - (0 if demand else DEMAND_BUFFERS):
-            return None
+    def lacking(self, *, demand: bool) -> int:
+        """Return how many buffers must come back before one may be taken."""
+        return max(0, self.used + 1 - (self.capacity if demand else self._plan_capacity))
+
+    def take(self) -> mmap.mmap:
+        """Return a buffer; the caller has looked whether one is lacking."""
         self.used += 1
         self._metrics.buffer_bytes.set(self.used * CHUNK_BYTES)
         if self._free:

@@ -9,7 +9,7 @@ export MODELFS_MINISTACK := $(CURDIR)/.venv-ministack/bin/ministack
 BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev pkg-config libfuse3-dev fuse3
 TEST_PACKAGES := radosgw ceph-osd ceph-mon ceph-common util-linux procps
 
-.PHONY: help setup servers demo test check format bench bench-ttft bench-replay test-engines clean
+.PHONY: help setup servers demo test check format bench bench-ttft bench-replay bench-ceiling test-engines clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 16
@@ -63,6 +63,9 @@ bench-ttft: .venv/.ready servers .venv-peers/.ready .venv-engines/.ready ## time
 bench-replay: .venv/.ready servers ## an engine with an order of its own, without and with a trace
 	@.ci/system-packages gcc libc6-dev
 	@.venv/bin/python -m bench.replay
+
+bench-ceiling: .venv/.ready ## the rate at which one process ends, by pretence
+	@.venv/bin/python -m bench.ceiling
 
 bench: .venv/.ready servers .venv-peers/.ready ## reads of every kind beside rclone, s3fs, s5cmd and the local disk; MICRO="--shapes ... --only ..."
 	@.ci/system-packages s3fs fuse3 fio gcc libc6-dev openssl

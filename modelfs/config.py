@@ -84,6 +84,13 @@ def parse_octal(text: str) -> int:
     return int(text, 8)
 
 
+def parse_processes(text: str) -> int:
+    """Parse a number of processes; raise ``ValueError`` unless it is from 0 to 16."""
+    if not text.strip().isdecimal() or int(text) > 16:
+        raise ValueError("expected a number from 0 to 16")
+    return int(text)
+
+
 def parse_admin(text: str) -> str:
     """Check ``HOST:PORT`` or ``off``; raise ``ValueError`` otherwise."""
     if text == "off":
@@ -162,6 +169,9 @@ class FetchConfig:
     max_memory: Size = _one(Size(), parse_size, "bytes of download buffers (default: by free memory)", "SIZE")
     prefetch: str = _one(
         "auto", str, "what is downloaded ahead: off, auto, all, or names of models", "off|auto|all|NAMES"
+    )
+    processes: int = _one(
+        -1, parse_processes, "processes that download (default: by the number of cores); 0: threads of the daemon", "N"
     )
     trace_uri: str = _one("", str, "bucket prefix through which nodes share the order of loads", "s3://BUCKET/PREFIX/")
 

@@ -1,21 +1,18 @@
-"""The worker process: builds every part, opens the one root nursery, talks to the supervisor.
+"""The worker: builds every part, opens the one root nursery, talks to the supervisor.
 
-Started by the supervisor as ``python -m modelfs.daemon FD``; FD is its socket. Order: read the start
-message, open the store, list the sources, say ``prepared``, receive the kernel descriptor, serve. A
-restarted worker begins with the listing saved in the store, so that it answers even while the bucket is
-away, and refreshes afterwards.
+Started by ``modelfs.worker``. Order: open the store, list the sources, say ``prepared``, receive the kernel
+descriptor, serve. A restarted worker begins with the listing saved in the store, so that it answers even
+while the bucket is away, and refreshes afterwards.
 """
 
 import contextlib
 import dataclasses
-import faulthandler
+import importlib
 import json
 import logging
 import os
-import resource
 import signal
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,9 +34,10 @@ from modelfs.fuse.opens import OpenTable
 from modelfs.fuse.supervisor import BEAT_SECONDS
 from modelfs.fuse.tuning import Tuning, control_socket
 from modelfs.loads import Load, Loads
+from modelfs.memory import Memory
 from modelfs.metrics import Metrics
 from modelfs.origins import Origin
-from modelfs.origins.s3 import S3Origin
+from modelfs.origins.remote import Processes, RemoteOrigin
 from modelfs.pages import Pages
 from modelfs.prefetch import Prefetch, model_files
 from modelfs.status import Status
@@ -51,35 +49,8 @@ log = logging.getLogger(__name__)
 
 MAX_TASKS = 1024
 """Namespace requests at once; with pyfuse3's 99, blocked ones stall every lookup."""
-SWITCH_SECONDS = 0.001
-"""How long one thread may keep the interpreter: the loop answers readers, it must not queue for 5 ms."""
 _REFRESH_PAUSE_SECONDS = 1.0
 _EXAMPLES = 3
-
-
-def setup_logging(level: str, form: str) -> None:
-    """Send log lines to stderr as text or JSON."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        _JsonFormatter() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    )
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for noisy in ("botocore", "boto3", "urllib3", "s3transfer"):
-        # Their debug lines hold signed headers.
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-
-
-class _JsonFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line)
 
 
 def available_memory() -> int:
@@ -98,10 +69,14 @@ class Worker:
     Args:
         channel: The socket to the supervisor.
         start: The start message.
+        processes: Do what concerns the object stores, or ``None`` for threads of ours.
+        runs: Most downloads at once.
     """
 
-    def __init__(self, channel: socket.socket, start: dict[str, Any]) -> None:
+    def __init__(self, channel: socket.socket, start: dict[str, Any], processes: Processes | None, runs: int) -> None:
         self._channel = channel
+        self._runs = runs
+        self._processes = processes
         self._start = start
         self._config = Config.from_json(start["config"])
         self._metrics = Metrics()
@@ -115,7 +90,7 @@ class Worker:
             ModelfsError: Serving could not begin.
         """
         config = self._config
-        budget = config.fetch.max_memory.of(available_memory()) or default_budget(available_memory())
+        budget = config.fetch.max_memory.of(available_memory()) or default_budget(available_memory(), self._runs)
         holder = f"modelfs mount at {config.mountpoint}"
         self._origins = self._make_origins()
         with contextlib.closing(
@@ -130,8 +105,10 @@ class Worker:
                 origins=by_name,
                 metrics=self._metrics,
                 budget_bytes=budget,
+                memory=self._processes.memory if self._processes is not None else Memory(),
                 whole_files=prefetching,
                 on_changed=lambda info: self._refresh_wanted.set(),
+                max_runs=self._runs,
             )
             self._pages = Pages(store=store, metrics=self._metrics, available=available_memory)
             self._loads = Loads()
@@ -145,19 +122,24 @@ class Worker:
 
     def _make_origins(self) -> dict[str, Origin]:
         buckets = {source.bucket for source in self._config.sources}
-        return {
-            bucket: S3Origin(bucket=bucket, config=self._config.origin, metrics=self._metrics)
-            for bucket in sorted(buckets)
-        }
+        return {bucket: self._make_origin(bucket) for bucket in sorted(buckets)}
+
+    def _make_origin(self, bucket: str) -> Origin:
+        config, count = self._config.origin, self._metrics.count_origin
+        if self._processes is None:
+            # The SDK is a third of our imports.
+            origin: Origin = importlib.import_module("modelfs.origins.s3").S3Origin(
+                bucket=bucket, config=config, count=count
+            )
+            return origin
+        return RemoteOrigin(bucket=bucket, config=config, count=count, processes=self._processes)
 
     def _make_traces(self) -> Traces:
         uri = self._config.fetch.trace_uri
         if not uri:
             return Traces(store=self._store, origin=None, prefix="")
         source = parse_source(uri)
-        origin = self._origins.get(source.bucket) or S3Origin(
-            bucket=source.bucket, config=self._config.origin, metrics=self._metrics
-        )
+        origin = self._origins.get(source.bucket) or self._make_origin(source.bucket)
         return Traces(store=self._store, origin=origin, prefix=source.prefix)
 
     async def _keep_trace(self, load: Load) -> None:
@@ -372,22 +354,9 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]
             yield error
 
 
-def main() -> int:
-    """Run the worker on the socket whose descriptor is the first argument; return the exit code."""
-    faulthandler.enable()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c reaches the whole group; the supervisor decides
-    sys.setswitchinterval(SWITCH_SECONDS)
-    with contextlib.suppress(ValueError, OSError):
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("0")
-    channel = socket.socket(fileno=int(sys.argv[1]))
-    os.set_inheritable(channel.fileno(), False)
-    start = json.loads(channel.recv(1024 * 1024))["start"]
-    config = Config.from_json(start["config"])
-    setup_logging(config.daemon.log_level, config.daemon.log_format)
-    worker = Worker(channel, start)
+def serve(channel: socket.socket, start: dict[str, Any], processes: Processes | None, runs: int) -> int:
+    """Be the worker on the supervisor's socket until the end; return the exit code. See ``Worker``."""
+    worker = Worker(channel, start, processes, runs)
     try:
         trio.run(worker.run)
     except ModelfsError as error:
@@ -405,7 +374,3 @@ def _fail(channel: socket.socket, line: str, exit_code: int) -> int:
     with contextlib.suppress(OSError):
         channel.send(json.dumps({"failed": {"line": line, "exit_code": exit_code}}).encode())
     return exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -52,3 +52,14 @@ class Metrics:
             "modelfs_pages_loaded_bytes", "Bytes of files read into the page cache ahead of use."
         )
         self.worker_starts = gauge("modelfs_worker_starts_count", "How often the worker has been started.")
+
+    def count_origin(self, what: str, kind: str, amount: int) -> None:
+        """Take a count of the object store's side; see ``origins.Count``."""
+        if what == "requests":
+            self.origin_requests.labels(op=kind).inc(amount)
+        elif what == "errors":
+            self.origin_errors.labels(kind=kind).inc(amount)
+        elif what == "resumes":
+            self.origin_resumes.inc(amount)
+        else:
+            self.origin_bytes.inc(amount)

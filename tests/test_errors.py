@@ -131,7 +131,7 @@ def test_wrong_region(tmp_path):
     """No server here has regions: the store's answer is the recorded one."""
     os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "x"
     try:
-        origin = S3Origin(bucket="bucket", config=OriginConfig(), metrics=Metrics())
+        origin = S3Origin(bucket="bucket", config=OriginConfig(), count=Metrics().count_origin)
     finally:
         del os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
     answer = {

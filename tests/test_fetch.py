@@ -10,6 +10,7 @@ from modelfs.config import Size, StoreConfig
 from modelfs.errors import ObjectChangedError, OriginError, ReadTimeoutError, TransientOriginError
 from modelfs.eviction import Eviction
 from modelfs.fetch import Fetch, PlanItem
+from modelfs.memory import Memory
 from modelfs.metrics import Metrics
 from modelfs.store import Store
 from tests.support.fake_origin import FakeOrigin
@@ -31,6 +32,7 @@ class Engine:
             origins={self.origin.name: self.origin},
             metrics=self.metrics,
             budget_bytes=BUDGET,
+            memory=Memory(),
             whole_files=whole_files,
             on_changed=self.changed.append,
             max_runs=max_runs,

@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import random
+import signal
 import socket
 import stat
 import subprocess
@@ -567,3 +568,31 @@ def test_mlocked_pages_survive_unmount_of_a_passed_through_file(bucket, mounted)
     mount.stop()
     assert mapped[:] == data
     mapped.close()
+
+
+def test_processes_download_and_die_without_a_byte_wrong(bucket, mounted):
+    data = bucket.put("p/model.bin", os.urandom(12 * CHUNK_BYTES + 5))
+    mount = mounted(bucket, "--processes", "2", "--prefetch", "off", prefix="p/")
+
+    def downloading():
+        tasks = Path(f"/proc/{mount.worker_pid()}/task").iterdir()
+        return [pid for task in tasks for pid in (task / "children").read_text().split()]
+
+    first = downloading()
+    assert len(first) == 2
+    found = bytearray()
+    with (mount.path / "model.bin").open("rb", buffering=0) as file:
+        while piece := file.read(CHUNK_BYTES // 2):
+            found += piece
+            if len(found) == 4 * CHUNK_BYTES:
+                for pid in downloading():
+                    os.kill(int(pid), signal.SIGKILL)
+    assert found == data
+    assert not set(first) & set(downloading())
+    last = downloading()
+    mount.kill_worker()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in last) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in last)
+    assert (mount.path / "model.bin").read_bytes() == data

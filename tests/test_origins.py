@@ -46,7 +46,7 @@ def setting(any_store, new_bucket, monkeypatch):
 
 
 def origin(bucket_name, **config):
-    return S3Origin(bucket=bucket_name, config=OriginConfig(**config), metrics=Metrics())
+    return S3Origin(bucket=bucket_name, config=OriginConfig(**config), count=Metrics().count_origin)
 
 
 def listed(setting, key) -> ObjectInfo:

@@ -200,7 +200,7 @@ def _bucket(config: configuration.Config) -> Iterator[Finding]:
     source = config.sources[0]
     try:
         began = time.monotonic()
-        origin = S3Origin(bucket=source.bucket, config=config.origin, metrics=Metrics())
+        origin = S3Origin(bucket=source.bucket, config=config.origin, count=Metrics().count_origin)
         first: ObjectInfo | None = next(iter(origin.list(source.prefix)), None)
         if first is None:
             yield FAIL, f"there is no object under {source.uri}", "check the prefix"

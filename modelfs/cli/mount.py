@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import json
-import logging
 import os
 import signal
 import sys
@@ -21,6 +20,7 @@ from modelfs.fuse.supervisor import (
     notify_systemd,
 )
 from modelfs.fuse.tuning import Tuning
+from modelfs.logs import setup_logging
 from modelfs.threads import BACKGROUND_NICENESS
 
 _BEGAN = time.monotonic()
@@ -110,7 +110,7 @@ def _serve(config: configuration.Config, on_ready: Callable[[Tuning], None]) -> 
         WorkerFailedError: The worker could not start serving.
         ModelfsError: The mount was refused.
     """
-    setup_logging(config)
+    setup_logging(config.daemon.log_level, config.daemon.log_format)
     return Supervisor(request(config), on_ready).run()
 
 
@@ -120,19 +120,10 @@ def request(config: configuration.Config, on_mounted: Callable[[], None] | None 
         mountpoint=config.mountpoint,
         source=config.sources[0].uri if len(config.sources) == 1 else "modelfs",
         allow_other=config.daemon.allow_other,
-        worker_command=[sys.executable, "-m", "modelfs.daemon"],
+        worker_command=[sys.executable, "-m", "modelfs.worker"],
         start={"config": config.to_json(), "supervisor_pid": os.getpid(), "began": _BEGAN},
         on_mounted=on_mounted,
     )
-
-
-def setup_logging(config: configuration.Config) -> None:
-    """As the worker's, without its imports: this process stays small."""
-    if config.daemon.log_format == "json":
-        form = '{"time": "%(asctime)s", "level": "%(levelname)s", "logger": "%(name)s", "message": "%(message)s"}'
-    else:
-        form = "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(level=config.daemon.log_level.upper(), format=form, force=True)
 
 
 def _in_background(config: configuration.Config) -> int:

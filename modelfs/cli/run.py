@@ -15,6 +15,7 @@ import sys
 from modelfs.cli import mount
 from modelfs.errors import ConfigError
 from modelfs.fuse.supervisor import Supervisor, WorkerFailedError, check_mountpoint
+from modelfs.logs import setup_logging
 
 COMMAND_STOP_SECONDS = 10.0
 """Time the command gets to end when the mount failed."""
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     if config.daemon.background:
         raise ConfigError("run stays in the foreground, with its command", "leave --background out")
     check_mountpoint(config.mountpoint)
-    mount.setup_logging(config)
+    setup_logging(config.daemon.log_level, config.daemon.log_format)
     beside = _Beside(command)
     supervisor = Supervisor(mount.request(config, on_mounted=beside.start), mount.announce)
     beside.supervisor = supervisor

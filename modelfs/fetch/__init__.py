@@ -14,7 +14,6 @@ import functools
 import heapq
 import itertools
 import logging
-import mmap
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -36,6 +35,7 @@ from modelfs.fetch.runs import (
     RunSink,
     Waiter,
 )
+from modelfs.memory import Memory
 from modelfs.metrics import Metrics
 from modelfs.origins import Origin
 from modelfs.store import Store, StoredObject
@@ -45,8 +45,6 @@ __all__ = ["Fetch", "PlanItem", "default_budget"]
 
 log = logging.getLogger(__name__)
 
-MAX_RUNS = 16
-"""Downloads at once: at 90 MB/s per connection these fill 10 Gbit/s; more contend for the interpreter lock."""
 MAX_RUN_CHUNKS = 4
 """Longest run in chunks (32 MiB): beyond it the request's latency is under 6 % at 90 MB/s."""
 STALL_SECONDS = 10.0
@@ -69,6 +67,7 @@ class Fetch:
         origins: Origin name to origin.
         metrics: Counters.
         budget_bytes: Memory for buffers.
+        memory: Where they lie.
         whole_files: Whether a read makes the rest of its file wanted (prefetch is on).
         on_changed: Called with the object that turned out to have another version.
         max_runs: Downloads at once.
@@ -81,14 +80,15 @@ class Fetch:
         origins: Mapping[str, Origin],
         metrics: Metrics,
         budget_bytes: int,
+        memory: Memory,
         whole_files: bool,
         on_changed: Callable[[ObjectInfo], None],
-        max_runs: int = MAX_RUNS,
+        max_runs: int,
     ) -> None:
         self._store = store
         self._origins = origins
         self._metrics = metrics
-        self._pool = Pool(budget_bytes, metrics)
+        self._pool = Pool(budget_bytes, memory, metrics)
         self._whole_files = whole_files
         self._on_changed = on_changed
         self._active: dict[tuple[int, int], Active] = {}
@@ -400,7 +400,7 @@ class Fetch:
         victims = list(itertools.islice(held, lacking))
         return victims if len(victims) == lacking else None
 
-    def _take_buffer(self, *, demand: bool) -> mmap.mmap | None:
+    def _take_buffer(self, *, demand: bool) -> int | None:
         victims = self._reclaimable(demand=demand)
         if victims is None:
             return None
@@ -429,7 +429,7 @@ class Fetch:
             if reserved:
                 self._store.unreserve(len(span))
             return None
-        active = Active(run.stored, index, span, buffer, memoryview(buffer)[: len(span)], reserved, demand)
+        active = Active(run.stored, index, span, buffer, self._pool.view(buffer, len(span)), reserved, demand)
         self._active[key] = active
         run.at = index
         active.waiters = self._demand_waiters.pop(key, [])
@@ -597,6 +597,7 @@ class Fetch:
             self._progressed.set()
 
 
-def default_budget(available_bytes: int) -> int:
-    """Return the buffer budget for a machine with so much free memory: a quarter, from 64 to 192 MiB."""
-    return max(64 * MIB, min(192 * MIB, available_bytes // 4))
+def default_budget(available_bytes: int, max_runs: int) -> int:
+    """Return the bytes for buffers on a machine with so much free memory: a quarter, at most 1.5 chunks per run."""
+    most = max_runs * 3 // 2 * CHUNK_BYTES
+    return max(64 * MIB, min(most, available_bytes // 4))

@@ -4,8 +4,6 @@ Records without behaviour of their own, but for the pool of buffers and ``RunSin
 works in a run's thread: it fills buffers and crosses to the loop per chunk, or when a reader waits.
 """
 
-import contextlib
-import mmap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ import trio
 
 from modelfs.chunks import CHUNK_BYTES, PIECE_BYTES, ByteRange, ObjectInfo
 from modelfs.errors import ModelfsError
+from modelfs.memory import Memory
 from modelfs.metrics import Metrics
 from modelfs.store import StoredObject
 from modelfs.store.files import SUM_BYTES, checksum
@@ -56,7 +55,7 @@ class Active:
     stored: StoredObject
     index: int
     span: ByteRange
-    buffer: mmap.mmap
+    buffer: int
     view: memoryview
     reserved: bool
     demand: bool
@@ -120,41 +119,40 @@ class Planned:
 
 
 class Pool:
-    """Chunk buffers, allocated once and reused: fresh memory costs more than receiving into it."""
+    """Chunk buffers, reused: fresh memory costs more than receiving into it."""
 
-    def __init__(self, budget_bytes: int, metrics: Metrics) -> None:
+    def __init__(self, budget_bytes: int, memory: Memory, metrics: Metrics) -> None:
         self.capacity = max(_LEAST_BUFFERS, budget_bytes // CHUNK_BYTES)
         # A third is left to demand: the plan is no faster with more, and memory that is fresh costs processor time.
         self._plan_capacity = self.capacity - max(2, self.capacity // 3)
-        self._free: list[mmap.mmap] = []
-        self.used = 0
+        self._memory = memory
+        self._memory.reserve(self.capacity * CHUNK_BYTES)
+        self._free = list(reversed(range(self.capacity)))
         self._metrics = metrics
+
+    @property
+    def used(self) -> int:
+        """How many buffers are taken."""
+        return self.capacity - len(self._free)
 
     def lacking(self, *, demand: bool) -> int:
         """Return how many buffers must come back before one may be taken."""
         return max(0, self.used + 1 - (self.capacity if demand else self._plan_capacity))
 
-    def take(self) -> mmap.mmap:
-        """Return a buffer; the caller has looked whether one is lacking."""
-        self.used += 1
+    def take(self) -> int:
+        """Return a buffer, the one used last; the caller has looked whether one is lacking."""
+        buffer = self._free.pop()
         self._metrics.buffer_bytes.set(self.used * CHUNK_BYTES)
-        if self._free:
-            return self._free.pop()
-        return _huge_buffer()
+        return buffer
 
-    def give(self, buffer: mmap.mmap) -> None:
+    def view(self, buffer: int, size: int) -> memoryview:
+        """Return the first ``size`` bytes of a buffer."""
+        return self._memory.view(buffer * CHUNK_BYTES, buffer * CHUNK_BYTES + size)
+
+    def give(self, buffer: int) -> None:
         """Take a buffer back."""
-        self.used -= 1
-        self._metrics.buffer_bytes.set(self.used * CHUNK_BYTES)
         self._free.append(buffer)
-
-
-def _huge_buffer() -> mmap.mmap:
-    """Return a chunk's memory, in huge pages where the kernel gives them: fewer faults, and fewer pages to pin."""
-    buffer = mmap.mmap(-1, CHUNK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        buffer.madvise(mmap.MADV_HUGEPAGE)
-    return buffer
+        self._metrics.buffer_bytes.set(self.used * CHUNK_BYTES)
 
 
 class Engine(Protocol):

@@ -10,6 +10,9 @@ from typing import Protocol
 
 from modelfs.chunks import ByteRange, ObjectInfo
 
+Count = Callable[[str, str, int], None]
+"""Takes what happened (``requests``, ``errors``, ``resumes`` or ``bytes``), its kind if it has one, and how often."""
+
 
 class Sink(Protocol):
     """Where the bytes of a download go, in order."""

@@ -40,8 +40,7 @@ from modelfs.errors import (
     TransientOriginError,
     WrongRegionError,
 )
-from modelfs.metrics import Metrics
-from modelfs.origins import Sink
+from modelfs.origins import Count, Sink
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +75,13 @@ class S3Origin:
     Args:
         bucket: The bucket's name.
         config: Endpoint, region, profile, addressing.
-        metrics: Counters.
+        count: Takes counts.
     """
 
-    def __init__(self, *, bucket: str, config: OriginConfig, metrics: Metrics) -> None:
+    def __init__(self, *, bucket: str, config: OriginConfig, count: Count) -> None:
         self._bucket = bucket
         self._config = config
-        self._metrics = metrics
+        self._count = count
         self._lock = threading.Lock()
         self._client_made = 0.0
         self._client = self._make_client()
@@ -149,7 +148,7 @@ class S3Origin:
             arguments["ContinuationToken"] = token
 
         def ask(client: Any) -> dict[str, Any]:  # noqa: ANN401
-            self._metrics.origin_requests.labels(op="list").inc()
+            self._count("requests", "list", 1)
             page: dict[str, Any] = client.list_objects_v2(**arguments)
             return page
 
@@ -171,7 +170,7 @@ class S3Origin:
     def _worth_retry(self, failure: OriginError, attempt: int, client: Any) -> bool:  # noqa: ANN401
         """Count the failure; return whether to try again after ``attempt`` earlier ones without progress."""
         kind = type(failure).__name__.removesuffix("Error")
-        self._metrics.origin_errors.labels(kind=kind).inc()
+        self._count("errors", kind, 1)
         if attempt + 1 >= ATTEMPTS or (isinstance(failure, EndpointUnreachableError) and attempt >= 2):
             return False
         if failure.retryable:
@@ -198,7 +197,7 @@ class S3Origin:
         """See ``Origin.get_small``."""
 
         def ask(client: Any) -> dict[str, Any]:  # noqa: ANN401
-            self._metrics.origin_requests.labels(op="get").inc()
+            self._count("requests", "get", 1)
             with client.get_object(Bucket=self._bucket, Key=key)["Body"] as body:
                 return {"data": body.read(limit)}
 
@@ -212,7 +211,7 @@ class S3Origin:
         """See ``Origin.put_small``."""
 
         def ask(client: Any) -> dict[str, Any]:  # noqa: ANN401
-            self._metrics.origin_requests.labels(op="put").inc()
+            self._count("requests", "put", 1)
             answer: dict[str, Any] = client.put_object(Bucket=self._bucket, Key=key, Body=data)
             return answer
 
@@ -242,13 +241,13 @@ class S3Origin:
             if not self._worth_retry(failure, attempt, client):
                 raise failure from cause
             if position > span.start:
-                self._metrics.origin_resumes.inc()
+                self._count("resumes", "", 1)
             _pause(attempt)
             attempt += 1
 
     def _stream(self, client: Any, info: ObjectInfo, span: ByteRange, sink: Sink) -> Iterator[int]:  # noqa: ANN401
         """Yield the number of bytes received at a time; ends early when the body does."""
-        self._metrics.origin_requests.labels(op="get").inc()
+        self._count("requests", "get", 1)
         answer = client.get_object(
             Bucket=self._bucket, Key=info.id.key, Range=f"bytes={span.start}-{span.stop - 1}", IfMatch=info.id.version
         )
@@ -268,7 +267,7 @@ class S3Origin:
             raw.release_conn()
             raw = None
         finally:
-            self._metrics.origin_bytes.inc(len(span) - left)
+            self._count("bytes", "", len(span) - left)
             if raw is not None:
                 raw.close()
 

@@ -1,0 +1,176 @@
+"""The process that talks to object stores, for ``remote``: one thread per connection, each a call at a time.
+
+    python -m modelfs.origins.process LEVEL FORMAT MEMORY CONTROL CONNECTION...
+
+The numbers are inherited descriptors: the shared memory, the connection on which calls are broken off and whose
+end is ours, and those on which calls come. Bodies go where the other side says, slice by slice; it may end a call
+between slices. Trusts the other side, which started it.
+"""
+
+import contextlib
+import functools
+import itertools
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from modelfs.config import OriginConfig
+from modelfs.errors import ModelfsError
+from modelfs.logs import setup_logging
+from modelfs.memory import Memory
+from modelfs.origins.remote import ABORT, COUNT, DONE, FAILED, FILLED, PAGE, PLACE
+from modelfs.origins.s3 import S3Origin
+from modelfs.threads import in_background
+
+_PAGE_OBJECTS = 1000
+
+
+class _EndedError(Exception):
+    """The other side wants no more of this call."""
+
+
+class RemoteSink:
+    """A sink on the other side of a connection; see ``Sink``."""
+
+    def __init__(self, connection: Connection, memory: Memory) -> None:
+        self._connection = connection
+        self._memory = memory
+        self.filled = 0
+        self.abort: Callable[[], None] | None = None
+
+    def space(self) -> memoryview:
+        """Report what has been filled, and receive the next place."""
+        self._connection.send_bytes(bytes((FILLED,)) + COUNT.pack(self.filled))
+        self.filled = 0
+        offset, length = PLACE.unpack(self._connection.recv_bytes())
+        if not length:
+            raise _EndedError
+        return self._memory.view(offset, offset + length)
+
+    def advance(self, count: int) -> None:
+        """Keep the count for the next report."""
+        self.filled = count
+
+    def connected(self, abort: Callable[[], None]) -> None:
+        """Take the means to break off."""
+        self.abort = abort
+
+
+class Server:
+    """Answers calls.
+
+    Args:
+        memory: Where bodies go.
+        connections: Where calls come from.
+        kind: What answers them.
+    """
+
+    def __init__(self, memory: Memory, connections: list[Connection], kind: type[S3Origin]) -> None:
+        self._memory = memory
+        self._kind = kind
+        self._connections = connections
+        self._running: dict[int, tuple[int, RemoteSink]] = {}
+        self._origins: dict[tuple[str, OriginConfig], S3Origin] = {}
+        self._lock = threading.Lock()
+        self._counts_lock = threading.Lock()
+        self._counts: Counter[tuple[str, str]] = Counter()
+
+    def run(self, control: Connection) -> None:
+        """Answer until the other side is gone."""
+        for slot, connection in enumerate(self._connections):
+            threading.Thread(target=self._serve, args=(slot, connection), daemon=True).start()
+        while True:
+            request = control.recv_bytes()
+            control.send_bytes(request)
+            slot, number = ABORT.unpack(request)
+            running = self._running.get(slot)
+            if running is not None and running[0] == number and running[1].abort is not None:
+                with contextlib.suppress(OSError, ValueError):
+                    running[1].abort()
+
+    def _serve(self, slot: int, connection: Connection) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                number, kind, bucket, config, *arguments = connection.recv()
+                sink = RemoteSink(connection, self._memory)
+                self._running[slot] = number, sink
+                answer = in_background(
+                    functools.partial(self._answer, connection, sink, kind, bucket, config, arguments)
+                )
+                del self._running[slot]
+                connection.send_bytes(answer)
+
+    def _answer(
+        self,
+        connection: Connection,
+        sink: RemoteSink,
+        kind: str,
+        bucket: str,
+        config: OriginConfig,
+        arguments: list[Any],
+    ) -> bytes:
+        """Do what a call asks for; return its last message."""
+        result: Any = None
+        try:
+            origin = self._origin(bucket, config)
+            if kind == "read":
+                info, span = arguments
+                origin.read_into(info, span, sink)
+                result = sink.filled
+            elif kind == "list":
+                objects = origin.list(*arguments)
+                while page := list(itertools.islice(objects, _PAGE_OBJECTS)):
+                    connection.send_bytes(bytes((PAGE,)) + pickle.dumps(page))
+            elif kind == "name":
+                result = origin.name
+            elif kind == "get_small":
+                result = origin.get_small(*arguments)
+            elif kind == "put_small":
+                origin.put_small(*arguments)
+        except _EndedError:
+            pass
+        except ModelfsError as error:
+            return self._last(FAILED, (type(error).__name__, error.what, error.mend))
+        return self._last(DONE, result)
+
+    def _origin(self, bucket: str, config: OriginConfig) -> S3Origin:
+        with self._lock:
+            if (bucket, config) not in self._origins:
+                self._origins[bucket, config] = self._kind(bucket=bucket, config=config, count=self._count)
+            return self._origins[bucket, config]
+
+    def _count(self, what: str, label: str, amount: int) -> None:
+        with self._counts_lock:
+            self._counts[what, label] += amount
+
+    def _last(self, kind: int, result: object) -> bytes:
+        with self._counts_lock:
+            counts, self._counts = dict(self._counts), Counter()
+        return bytes((kind,)) + pickle.dumps((counts, result))
+
+
+def main(words: list[str], kind: type[S3Origin] = S3Origin) -> None:
+    """Serve until the other side is gone.
+
+    Args:
+        words: What stands on the command line.
+        kind: What answers the calls.
+    """
+    level, form, memory, control, *connections = words
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # they reach the whole group; the other side decides
+    setup_logging(level, form)
+    server = Server(Memory(int(memory)), [Connection(int(number)) for number in connections], kind)
+    with contextlib.suppress(EOFError, OSError):
+        server.run(Connection(int(control)))
+    os._exit(0)  # threads may be waiting for the network
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

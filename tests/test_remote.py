@@ -147,11 +147,14 @@ def running(bucket, rgw_server, origin, processes):
         thread.join(30)
 
 
-def test_a_broken_off_download_goes_on_where_it_was(running):
+def test_a_broken_off_download_goes_on_where_it_was(running, processes):
     _, sink, outcome, thread = running
-    sink.abort()
+    before = processes.pids
+    for _ in range(5):
+        sink.abort()
     thread.join(30)
     assert outcome == [True]
+    assert processes.pids == before
 
 
 def test_a_killed_process_is_a_failure_to_be_tried_again_and_is_replaced(bucket, running, processes):
@@ -165,7 +168,8 @@ def test_a_killed_process_is_a_failure_to_be_tried_again_and_is_replaced(bucket,
     assert not set(before) & set(processes.pids)
 
 
-def test_a_process_that_does_not_react_is_killed(running, processes):
+def test_a_process_that_does_not_react_is_killed(running, processes, monkeypatch):
+    monkeypatch.setattr("modelfs.origins.remote.REACTION_SECONDS", 0.1)
     _, sink, outcome, thread = running
     for pid in processes.pids:
         os.kill(pid, signal.SIGSTOP)

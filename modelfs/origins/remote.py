@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe
@@ -40,6 +41,8 @@ FILLED, PAGE, DONE, FAILED = b"FPDX"
 """What a message from the process is, in its first byte."""
 
 PROGRAM = (sys.executable, "-m", "modelfs.origins.process")
+REACTION_SECONDS = 2.0
+"""A process that has not taken notice of a broken-off call for so long, when another is, hangs."""
 WAIT_SECONDS = 60.0
 """Longest wait for a free connection: there are more of them than downloads."""
 
@@ -52,18 +55,19 @@ class _Process:
     control: Connection
     free: list[tuple[int, Connection]]
     busy: int = 0
-    unheard: bool = False
+    unheard_since: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def abort(self, slot: int, number: int) -> None:
-        """Break off a call; end a process that has not even taken notice of the last time."""
+        """Break off a call; end a process that has not taken notice of an earlier time."""
         with self.lock, contextlib.suppress(OSError, EOFError):
             while self.control.poll():
                 self.control.recv_bytes()
-                self.unheard = False
-            if self.unheard:
+                self.unheard_since = 0.0
+            now = time.monotonic()
+            self.unheard_since = self.unheard_since or now
+            if now - self.unheard_since > REACTION_SECONDS:
                 self.handle.kill()
-            self.unheard = True
             self.control.send_bytes(ABORT.pack(slot, number))
 
 

@@ -36,6 +36,7 @@ class Metrics:
         self.origin_resumes = counter("modelfs_origin_resumes", "Broken bodies resumed at the byte reached.")
         self.fetch_active = gauge("modelfs_fetch_active_count", "Downloads running now.")
         self.fetch_joined = counter("modelfs_fetch_joined", "Waits that joined a running download.")
+        self.fetch_hedged = counter("modelfs_fetch_hedged", "Downloads begun beside one that was late.")
         self.buffer_bytes = gauge("modelfs_buffer_bytes", "Download buffers in use.")
         self.store_bytes = gauge("modelfs_store_resident_bytes", "Bytes in the local store.")
         self.store_limit = gauge("modelfs_store_limit_bytes", "Largest allowed size of the local store.")

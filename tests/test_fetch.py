@@ -9,7 +9,7 @@ from modelfs.chunks import CHUNK_BYTES, MIB, ByteRange, split
 from modelfs.config import Size, StoreConfig
 from modelfs.errors import ObjectChangedError, OriginError, ReadTimeoutError, TransientOriginError
 from modelfs.eviction import Eviction
-from modelfs.fetch import Fetch, PlanItem
+from modelfs.fetch import HEDGE_SAMPLES, Fetch, PlanItem
 from modelfs.memory import Memory
 from modelfs.metrics import Metrics
 from modelfs.store import Store
@@ -304,3 +304,92 @@ async def test_slow_is_not_silent(engine, monkeypatch):
     with pytest.raises(ReadTimeoutError, match="no byte of silent"):
         await made.read(silent, ByteRange(0, 10))
     gate.set()
+
+
+async def usual_downloads(made):
+    """Let the engine see what is usual: as many first bytes as it needs before it calls one late."""
+    for number in range(HEDGE_SAMPLES):
+        stored = made.store.object(made.origin.put(f"usual-{number}", b"x"))
+        assert await made.read(stored, ByteRange(0, 1)) == b"x"
+    await made.settle()
+
+
+def late_once(gate):
+    """Return a fault: the first download of ``k`` waits for ``gate``."""
+    seen = []
+
+    def fault(key, position):
+        if key == "k":
+            seen.append(position)
+            if len(seen) == 1:
+                gate.wait(20)
+
+    return fault
+
+
+async def test_a_late_first_byte_is_asked_for_again(engine):
+    made = await engine()
+    await usual_downloads(made)
+    data = some_bytes(CHUNK_BYTES)
+    stored = made.store.object(made.origin.put("k", data))
+    gate = threading.Event()
+    made.origin.fault = late_once(gate)
+    began = trio.current_time()
+    assert await made.read(stored, ByteRange(5, 100)) == data[5:100]
+    assert trio.current_time() - began < 5
+    assert await made.read(stored, ByteRange(0, len(data))) == data
+    gate.set()
+    await made.settle()
+    assert [key for key, _ in made.origin.requests].count("k") == 2
+    assert made.metrics.registry.get_sample_value("modelfs_fetch_hedged_total") == 1
+    assert stored.resident_bytes == len(data)
+    assert made.store.reserved_bytes == 0
+    with trio.fail_after(5):
+        while made.fetch.statistics()["runs"]:
+            await trio.sleep(0.01)
+
+
+async def test_a_hedge_that_is_no_quicker_changes_nothing(engine):
+    made = await engine()
+    await usual_downloads(made)
+    data = some_bytes(CHUNK_BYTES)
+    stored = made.store.object(made.origin.put("k", data))
+    gates = [threading.Event(), threading.Event()]
+    seen = []
+
+    def fault(key, position):
+        if key == "k" and len(seen) < 2:
+            seen.append(position)
+            gates[len(seen) - 1].wait(20)
+
+    made.origin.fault = fault
+    async with trio.open_nursery() as nursery:
+
+        async def read():
+            assert await made.read(stored, ByteRange(0, len(data))) == data
+
+        nursery.start_soon(read)
+        with trio.fail_after(10):
+            while len(seen) < 2:
+                await trio.sleep(0.01)
+        gates[0].set()
+    gates[1].set()
+    await made.settle()
+    assert stored.resident_bytes == len(data)
+    assert made.store.reserved_bytes == 0
+    assert made.fetch.statistics()["buffers_used"] <= 1 + HEDGE_SAMPLES
+
+
+async def test_hedges_are_few(engine):
+    """Beyond a first one they stay within a share of what has been received."""
+    made = await engine()
+    await usual_downloads(made)
+    gate = threading.Event()
+    made.origin.fault = lambda key, position: key.startswith("late") and gate.wait(20)
+    infos = [made.origin.put(f"late-{number}", b"y") for number in range(4)]
+    async with trio.open_nursery() as nursery:
+        for info in infos:
+            nursery.start_soon(made.read, made.store.object(info), ByteRange(0, 1))
+        await trio.sleep(1)
+        assert made.metrics.registry.get_sample_value("modelfs_fetch_hedged_total") == 1
+        gate.set()

@@ -15,7 +15,7 @@ import heapq
 import itertools
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 
 import trio
@@ -41,7 +41,7 @@ from modelfs.origins import Origin
 from modelfs.store import Store, StoredObject
 from modelfs.threads import in_background
 
-__all__ = ["Fetch", "PlanItem", "default_budget"]
+__all__ = ["HEDGE_SAMPLES", "Fetch", "PlanItem", "default_budget"]
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,12 @@ STALL_SECONDS = 10.0
 """A run that gained no slice for so long is broken off and resumed on another connection."""
 READ_DEADLINE_SECONDS = 60.0
 """Longest wait of a reader without progress."""
+HEDGE_FACTOR = 3.0
+"""A reader whose download has no first byte after so many times the 95th percentile gets a second one beside it."""
+HEDGE_SAMPLES = 32
+HEDGE_LEAST_SECONDS = 0.1
+HEDGE_SHARE = 0.03
+"""Most bytes asked for twice, of all received."""
 WRITERS = 4
 """Chunks written at once: with two, sixteen readers at once nearly always had chunks served and not kept."""
 WINDOW_CHUNKS = 8
@@ -114,6 +120,8 @@ class Fetch:
         self.received_bytes = 0
         self._busy_seconds = 0.0
         self._busy_since = 0.0
+        self._first_bytes: deque[float] = deque(maxlen=256)
+        self._hedges = 0
 
     # -- what callers may do ------------------------------------------------------------------------
 
@@ -287,7 +295,6 @@ class Fetch:
 
     def _dispatch(self) -> None:
         """Start runs while there is work, a free connection and a buffer."""
-        assert self._nursery is not None
         while True:
             run = self._next_run()
             if run is None:
@@ -300,12 +307,16 @@ class Fetch:
                 if run.demand:
                     heapq.heappush(self._demand, (run.start, next(self._sequence), run.stored))
                 return
-            if not self._runs:
-                self._busy_since = time.monotonic()
-            self._runs.add(run)
-            self._metrics.fetch_active.set(len(self._runs))
-            self._store.acquire(run.stored)
-            self._nursery.start_soon(self._run, run, first)
+            self._start(run, first)
+
+    def _start(self, run: Run, first: Active) -> None:
+        assert self._nursery is not None
+        if not self._runs:
+            self._busy_since = time.monotonic()
+        self._runs.add(run)
+        self._metrics.fetch_active.set(len(self._runs))
+        self._store.acquire(run.stored)
+        self._nursery.start_soon(self._run, run, first)
 
     def _cut_runs_short(self) -> None:
         """Let downloads ahead of readers end with the chunk they are at: a reader waits for a place."""
@@ -430,8 +441,10 @@ class Fetch:
                 self._store.unreserve(len(span))
             return None
         active = Active(run.stored, index, span, buffer, self._pool.view(buffer, len(span)), reserved, demand)
-        self._active[key] = active
         run.at = index
+        if run.hedges is not None:
+            return active  # it takes the place of the other when it has been quicker
+        self._active[key] = active
         active.waiters = self._demand_waiters.pop(key, [])
         active.refs = len(active.waiters)
         active.needed = min((waiter.needed for waiter in active.waiters), default=CHUNK_BYTES + 1)
@@ -442,7 +455,7 @@ class Fetch:
         origin = self._origins[run.stored.info.id.origin]
         sink = RunSink(self, run, first, trio.lowlevel.current_trio_token())
         span = ByteRange(first.span.start, run.stored.info.chunk_range(run.stop - 1).stop)
-        run.seen_at = time.monotonic()
+        run.began = run.seen_at = time.monotonic()
         try:
             receive = functools.partial(origin.read_into, run.stored.info, span, sink)
             await trio.to_thread.run_sync(in_background, receive, limiter=self._run_limiter)
@@ -453,6 +466,8 @@ class Fetch:
             self._run_failed(run, sink, error)
         finally:
             self._runs.discard(run)
+            if run.first_byte_at:
+                self._first_bytes.append(run.first_byte_at - run.began)
             if not self._runs:
                 self._busy_seconds += time.monotonic() - self._busy_since
             self._ended_runs_bytes += run.progress
@@ -464,6 +479,8 @@ class Fetch:
             self._work.set()
 
     def _run_failed(self, run: Run, sink: "RunSink", error: OriginError) -> None:
+        if run.hedges is not None and sink.current is not None and not sink.current.waiters:
+            return  # the download that it was to overtake is still there
         if isinstance(error, ObjectChangedError):
             self._on_changed(run.stored.info)
             self._drop_plan(run.stored.info)
@@ -485,7 +502,8 @@ class Fetch:
 
     def _abandon(self, active: Active) -> None:
         """Take back an unfinished chunk; its waiters look again and find the failure or ask anew."""
-        self._active.pop(active.key, None)
+        if self._active.get(active.key) is active:
+            del self._active[active.key]
         if active.reserved:
             self._store.unreserve(len(active.span))
         for waiter in active.waiters:
@@ -524,6 +542,9 @@ class Fetch:
 
     def chunk_done(self, run: Run, active: Active, sums: bytes) -> None:
         """Take a complete chunk from a run; runs on the loop."""
+        if active.lost or (run.hedges is not None and not self.overtaken(run, active)):
+            self._abandon(active)
+            return
         active.complete = True
         self._disown(run, range(active.index, active.index + 1))
         self.received_bytes += len(active.span)
@@ -572,11 +593,50 @@ class Fetch:
             if not self._runs:
                 await self._work.wait()
             await trio.sleep(INTERVAL_SECONDS)
+            self._hedge(time.monotonic())
             received = self._ended_runs_bytes + sum(run.progress for run in self._runs)
             before = self._pace.allowed
             self._pace.look(time.monotonic(), received, saturated=len(self._runs) >= before)
             if self._pace.allowed > before:
                 self._work.set()
+
+    def _hedge(self, now: float) -> None:
+        """Ask once more for what readers wait for, where the first byte is later than nearly always."""
+        if len(self._first_bytes) < HEDGE_SAMPLES:
+            return
+        usual = sorted(self._first_bytes)[int(0.95 * len(self._first_bytes))]
+        late = now - max(HEDGE_LEAST_SECONDS, HEDGE_FACTOR * usual)
+        for run in list(self._runs):
+            active = self._active.get((run.stored.info.number, run.at))
+            waited_for = active is not None and active.waiters and not (run.progress or run.hedged)
+            if waited_for and run.hedges is None and run.began < late and self._may_hedge():
+                run.hedged = True
+                twin = Run(run.stored, run.at, run.at + 1, demand=True, hedges=active)
+                first = self._begin_chunk(twin, run.at)
+                if first is None:
+                    return
+                self._hedges += 1
+                self._metrics.fetch_hedged.inc()
+                self._start(twin, first)
+
+    def _may_hedge(self) -> bool:
+        return len(self._runs) < self._max_runs and self._hedges * CHUNK_BYTES <= HEDGE_SHARE * self.received_bytes
+
+    def overtaken(self, run: Run, active: Active) -> bool:
+        """Let a hedge that has bytes take the place of the download it hedges, if that has none; on the loop."""
+        slow = run.hedges
+        assert slow is not None
+        if self._active.get(active.key) is active:
+            return True
+        if self._active.get(active.key) is not slow or slow.filled:
+            active.lost = True
+            return False
+        slow.lost = True
+        self._active[active.key] = active
+        active.waiters, slow.waiters = slow.waiters, []
+        active.refs, slow.refs = slow.refs, 0
+        self.wake(active)
+        return True
 
     async def _watch_stalls(self) -> None:
         """Break off runs that gain nothing; the origin resumes them at the byte reached."""

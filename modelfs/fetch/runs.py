@@ -50,7 +50,10 @@ class Waiter:
 
 @dataclass(slots=True, eq=False)
 class Active:
-    """A chunk that has a buffer. ``filled`` is written by the run's thread, everything else by the loop."""
+    """A chunk that has a buffer. ``filled`` is written by the run's thread, everything else by the loop.
+
+    ``lost``: another download of the same chunk was quicker; its run is to end.
+    """
 
     stored: StoredObject
     index: int
@@ -65,6 +68,7 @@ class Active:
     refs: int = 0
     complete: bool = False
     writing: bool = False
+    lost: bool = False
 
     @property
     def key(self) -> tuple[int, int]:
@@ -77,7 +81,8 @@ class Run:
     """One GET. ``stop`` may be lowered while it runs, when demand takes a later chunk out of it.
 
     ``at`` is the chunk it has reached. Where there is no demand, ``since`` is the time (seconds since the
-    epoch) at which the download was asked for: what was used later is not evicted for it.
+    epoch) at which the download was asked for: what was used later is not evicted for it. A run that ``hedges``
+    downloads a chunk that another run is late with.
     """
 
     stored: StoredObject
@@ -92,6 +97,10 @@ class Run:
     refused: bool = False
     at: int = 0
     since: float = 0.0
+    began: float = 0.0
+    first_byte_at: float = 0.0
+    hedged: bool = False
+    hedges: "Active | None" = None
 
     @property
     def chunks(self) -> range:
@@ -169,6 +178,9 @@ class Engine(Protocol):
     def wake(self, active: Active) -> None:
         """Let readers go whose bytes are there; on the loop."""
 
+    def overtaken(self, run: Run, active: Active) -> bool:
+        """Take notice of a hedge's first bytes; on the loop."""
+
 
 class RunSink:
     """A run's buffers as the origin sees them. Lives in the run's thread; crosses to the loop per chunk."""
@@ -191,6 +203,8 @@ class RunSink:
             self.current = trio.from_thread.run(self._engine.next_chunk, self._run, self._index)
             if self.current is None:
                 raise GivenUpError
+        if self.current.lost:
+            raise GivenUpError
         filled, needed = self.current.filled, self.current.needed
         size = self._slice
         if filled < needed <= filled + size:
@@ -207,6 +221,8 @@ class RunSink:
         elif count >= self._slice:
             self._slice = min(MAX_SLICE_BYTES, self._slice * 2)
         active.filled += count
+        if not self._run.progress:
+            self._run.first_byte_at = time.monotonic()
         self._run.progress += count
         self._sum(active)
         if active.filled == len(active.span):
@@ -214,6 +230,8 @@ class RunSink:
             self.current = None
             self._index += 1
             self._token.run_sync_soon(self._engine.chunk_done, self._run, active, sums)
+        elif self._run.hedges is not None and active.filled == count:
+            self._token.run_sync_soon(self._engine.overtaken, self._run, active)
         elif active.filled >= active.needed:
             active.needed = CHUNK_BYTES + 1
             self._token.run_sync_soon(self._engine.wake, active)

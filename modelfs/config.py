@@ -91,6 +91,13 @@ def parse_processes(text: str) -> int:
     return int(text)
 
 
+def parse_http(text: str) -> str:
+    """Check an http or https URL; raise ``ValueError`` otherwise."""
+    if not re.fullmatch(r"https?://[^\s/@]+(/\S*)?", text):
+        raise ValueError("expected a URL such as http://127.0.0.1:8000/metrics")
+    return text
+
+
 def parse_admin(text: str) -> str:
     """Check ``HOST:PORT`` or ``off``; raise ``ValueError`` otherwise."""
     if text == "off":
@@ -181,6 +188,7 @@ class DaemonConfig:
     """The process and the mount itself."""
 
     admin: str = _one("127.0.0.1:9797", parse_admin, "address of /metrics and /v1/status, or off", "HOST:PORT|off")
+    engine_metrics: str = _one("", parse_http, "the engine's metrics page: when its first token came", "URL")
     allow_other: bool = _one(False, parse_flag, "let other users read the mount")
     background: bool = _one(False, parse_flag, "return as soon as the mount answers")
     log_level: str = _one("info", _choice("debug", "info", "warning", "error"), "least severe message logged", "LEVEL")

@@ -24,6 +24,7 @@ import trio
 from modelfs.admin import Admin, Answers
 from modelfs.chunks import ObjectInfo
 from modelfs.config import Config, Source, parse_source
+from modelfs.engine import Engine
 from modelfs.errors import ModelfsError, ObjectNotFoundError, OriginError
 from modelfs.eviction import Eviction
 from modelfs.fetch import Fetch, default_budget
@@ -265,6 +266,8 @@ class Worker:
                 await nursery.start(self._pages.run)
                 await nursery.start(self._prefetch.run)
                 await nursery.start(self._loads.run, self._keep_trace)
+                if self._config.daemon.engine_metrics:
+                    nursery.start_soon(Engine(url=self._config.daemon.engine_metrics, loads=self._loads).run)
                 await nursery.start(self._admin(lambda: dataclasses.replace(tuning, passthrough=front.passthrough)).run)
                 nursery.start_soon(self._run_namespace)
                 if self._start["mounted"] and connect["resend"]:

@@ -44,6 +44,7 @@ class Load:
     began: float
     first_weights: float = 0.0
     last: float = 0.0
+    first_token: float = 0.0
     waited: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0.0))
     read_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("memory", *CAUSES), 0))
     opens: dict[str, int] = field(default_factory=lambda: {"cached": 0, "passthrough": 0})
@@ -104,6 +105,7 @@ class Load:
             "first_open_seconds": round(self.began - mounted, 3),
             "first_weights_seconds": round(self.first_weights - mounted, 3) if self.first_weights else None,
             "last_read_seconds": round(self.last - mounted, 3),
+            "first_token_seconds": round(self.first_token - mounted, 3) if self.first_token else None,
             "waited_seconds": {cause: round(seconds, 3) for cause, seconds in self.waited.items()},
             "read_bytes": dict(self.read_bytes),
             "opens": dict(self.opens),

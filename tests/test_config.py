@@ -72,6 +72,7 @@ def test_every_option_can_be_written_in_toml(tmp_path):
         "gid": "7", "umask": '"077"', "refresh": '"1m"', "max_memory": '"64MiB"', "prefetch": '"all"', "admin": '"off"',
         "log_level": '"debug"', "log_format": '"json"', "include": '["*.json", "*.gguf"]', "exclude": '["a"]',
         "trace_uri": '"s3://bucket/traces/"', "processes": "2",
+        "engine_metrics": '"http://127.0.0.1:8000/metrics"',
     }  # fmt: skip
     unset = '"x"'
     lines = [
@@ -121,6 +122,8 @@ def test_any_toml_text_gives_a_configuration_or_one_line(tmp_path_factory, text)
     [
         ({"cache_size": "1MiB"}, "smaller than one chunk"),
         ({"max_memory": "1MiB"}, "fewer than four chunks"),
+        ({"engine_metrics": "localhost:8000"}, "a URL such as"),
+        ({"engine_metrics": "http://user:word@host/metrics"}, "a URL such as"),
         ({"processes": "17"}, "a number from 0 to 16"),
         ({"endpoint_url": "localhost:9000"}, "not an http"),
         ({"admin": "localhost"}, "IP address and a port"),

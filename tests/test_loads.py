@@ -112,7 +112,7 @@ def status(**changes):
 def load_document(origin, store):
     return {
         "model": "llama", "size": 10**9, "first_open_seconds": 1.0, "first_weights_seconds": 2.0,
-        "last_read_seconds": 11.0, "waited_seconds": {"origin": origin, "store": store},
+        "last_read_seconds": 11.0, "first_token_seconds": None, "waited_seconds": {"origin": origin, "store": store},
         "opens": {"cached": 4, "passthrough": 2},
     }  # fmt: skip
 
@@ -124,6 +124,12 @@ def test_why_names_the_shares():
     assert "39%  the engine's own work" in text
     assert "- the network card was the limit" in text
     assert "- read_ahead_kb is 128: run as root" in text
+
+
+def test_why_tells_of_the_first_token_where_the_engine_does():
+    assert "first token" not in explain(status(), load_document(6.1, 0.0), 4e8)
+    told = explain(status(), {**load_document(6.1, 0.0), "first_token_seconds": 14.5}, 4e8)
+    assert "  14.50 s  first token, says the engine" in told
 
 
 def test_advice_fits_the_cause():

@@ -76,6 +76,7 @@ def explain(status: dict[str, Any], load: dict[str, Any], card: float) -> str:
     shares = {cause: seconds / whole for cause, seconds in waits.items()}
     lines += [
         f"  {last:7.2f} s  last open or read seen here ({unseen}, which the kernel reads without us)",
+        *([f"  {first:7.2f} s  first token, says the engine"] if (first := load["first_token_seconds"]) else []),
         f"of the {whole:.2f} s from the first open to the last read:",
         f"  {waits['origin']:7.2f} s {shares['origin']:5.0%}  waiting for the bucket ({download})",
         f"  {waits['store']:7.2f} s {shares['store']:5.0%}  reading the cache disk",

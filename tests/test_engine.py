@@ -1,0 +1,84 @@
+import http.server
+import threading
+import time
+
+import pytest
+import trio
+
+from modelfs.chunks import ObjectId, ObjectInfo
+from modelfs.config import TreeConfig
+from modelfs.engine import LOOK_SECONDS, Engine, tokens
+from modelfs.loads import Loads
+from modelfs.tree import Listing, Tree
+
+VLLM = b"""# HELP vllm:generation_tokens_total Number of generation tokens processed.
+# TYPE vllm:generation_tokens_total counter
+vllm:generation_tokens_total{engine="0",model_name="m"} %d.0
+vllm:prompt_tokens_total{engine="0",model_name="m"} 4.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("page", "count"),
+    [
+        (VLLM % 0, 0),
+        (VLLM % 12, 12),
+        (b'sglang:generation_tokens_total{model_name="m"} 1e+03\n', 1000),
+        (b"llamacpp:tokens_predicted_total 3\n", 3),
+        (b"tgi_request_generated_tokens_sum 5\n", 5),
+        (b"<html>nothing</html>", 0),
+        (b"", 0),
+    ],
+)
+def test_tokens(page, count):
+    assert tokens(page) == count
+
+
+class Page(http.server.BaseHTTPRequestHandler):
+    count = 0
+
+    def do_GET(self):
+        body = VLLM % type(self).count
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+async def test_first_token_is_noted_when_the_count_grows():
+    objects = (ObjectInfo(ObjectId("s3://b", "a.safetensors", "v"), 10, 0),)
+    file = Tree([Listing("", "", objects)], TreeConfig()).find("a.safetensors")
+    loads = Loads()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(Engine(url=f"http://127.0.0.1:{server.server_port}/metrics", loads=loads).run)
+                loads.opened(file, "cached")
+                (load,) = loads.recent
+                await trio.sleep(3 * LOOK_SECONDS)
+                assert not load.first_token
+                Page.count = 1
+                began = time.monotonic()
+                with trio.fail_after(10):
+                    while not load.first_token:
+                        await trio.sleep(0.05)
+                assert began <= load.first_token <= began + 5
+                assert load.document(load.began)["first_token_seconds"] > LOOK_SECONDS
+                nursery.cancel_scope.cancel()
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+async def test_an_engine_that_is_not_there_yet_is_no_failure(autojump_clock):
+    objects = (ObjectInfo(ObjectId("s3://b", "a.safetensors", "v"), 10, 0),)
+    loads = Loads()
+    loads.opened(Tree([Listing("", "", objects)], TreeConfig()).find("a.safetensors"), "cached")
+    with trio.move_on_after(5 * LOOK_SECONDS):
+        await Engine(url="http://127.0.0.1:9/metrics", loads=loads).run()
+    assert not loads.recent[0].first_token

@@ -174,6 +174,46 @@ async def test_transient_failure_is_tried_again_and_a_lasting_one_reported(engin
         await made.read(other, ByteRange(0, 100))
 
 
+async def test_downloads_that_fail_together_are_one_failure(engine):
+    """A connection or a process that breaks takes several downloads with it; the plan pauses once."""
+    made = await engine()
+    together = threading.Barrier(4)
+    objects = [made.origin.put(f"k{number}", some_bytes(CHUNK_BYTES, number)) for number in range(4)]
+
+    def fail(key, position):
+        if len(made.origin.requests) <= 4:
+            together.wait(20)
+            raise TransientOriginError("broken")
+
+    made.origin.fault = fail
+    made.fetch.submit([PlanItem(info, ByteRange(0, info.size)) for info in objects], 1)
+    began = time.monotonic()
+    await made.settle()
+    assert all(made.store.object(info).complete for info in objects)
+    assert time.monotonic() - began < 3
+
+
+async def test_what_demand_takes_from_a_planned_download_stays_planned(engine):
+    made = await engine(max_runs=4)
+    info, last = made.origin.put("planned", some_bytes(8 * CHUNK_BYTES)), made.origin.put("last", b"a")
+    gate = threading.Event()
+    starts = {0, 4 * CHUNK_BYTES}  # of the two downloads that the plan is given
+    made.origin.fault = lambda key, position: position in starts and gate.wait(20) and None
+    made.fetch.submit([PlanItem(info, ByteRange(0, info.size)), PlanItem(last, ByteRange(0, 1))], 1)
+    stored = made.store.object(info)
+    with trio.fail_after(10):
+        while len(made.origin.requests) < len(starts):
+            await trio.sleep(0.01)
+    assert {span.start for _, span in made.origin.requests} == starts
+    with made.store.using(stored):
+        span = ByteRange(2 * CHUNK_BYTES, 2 * CHUNK_BYTES + 10)
+        assert await made.fetch.obtain(stored, 2, span) is not None
+        made.fetch.drop_ahead(stored)
+    gate.set()
+    await made.settle()
+    assert stored.complete
+
+
 async def test_overwritten_object_is_stale_and_reported(engine):
     made = await engine()
     old = made.origin.put("k", some_bytes(10))

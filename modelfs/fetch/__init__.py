@@ -313,6 +313,7 @@ class Fetch:
         assert self._nursery is not None
         if not self._runs:
             self._busy_since = time.monotonic()
+        run.began = time.monotonic()
         self._runs.add(run)
         self._metrics.fetch_active.set(len(self._runs))
         self._store.acquire(run.stored)
@@ -395,7 +396,7 @@ class Fetch:
         end = start + 1
         while end < min(stop, start + longest) and self._wanted(stored, end):
             end += 1
-        return Run(stored, start, end, demand=False, since=since)
+        return Run(stored, start, end, demand=False, since=since, planned_stop=end)
 
     # -- running ------------------------------------------------------------------------------------
 
@@ -455,7 +456,7 @@ class Fetch:
         origin = self._origins[run.stored.info.id.origin]
         sink = RunSink(self, run, first, trio.lowlevel.current_trio_token())
         span = ByteRange(first.span.start, run.stored.info.chunk_range(run.stop - 1).stop)
-        run.began = run.seen_at = time.monotonic()
+        run.seen_at = time.monotonic()
         try:
             receive = functools.partial(origin.read_into, run.stored.info, span, sink)
             await trio.to_thread.run_sync(in_background, receive, limiter=self._run_limiter)
@@ -475,27 +476,42 @@ class Fetch:
             if sink.current is not None:
                 self._abandon(sink.current)
             self._disown(run, range(run.start, run.stop + MAX_RUN_CHUNKS))
+            self._plan_rest(run, sink.index)
             self._store.release(run.stored)
             self._work.set()
 
     def _run_failed(self, run: Run, sink: "RunSink", error: OriginError) -> None:
-        if run.hedges is not None and sink.current is not None and not sink.current.waiters:
-            return  # the download that it was to overtake is still there
         if isinstance(error, ObjectChangedError):
             self._on_changed(run.stored.info)
-            self._drop_plan(run.stored.info)
+            self._drop_plan(run)
         current = sink.current
+        if current is not None and (current.lost or (run.hedges is not None and not current.waiters)):
+            return  # the other download of the chunk is still there
         for waiter in current.waiters if current is not None else ():
             waiter.error = error
         if not error.retryable and not (current is not None and current.waiters):
             log.warning("cannot download: %s", error)
-            self._drop_plan(run.stored.info)
-        if not (current is not None and current.waiters):
+            self._drop_plan(run)
+        # Downloads that fail together, as those of one process or connection, are one failure.
+        if not (current is not None and current.waiters) and time.monotonic() >= self._plan_resume:
             pause = _PLAN_BACKOFF_SECONDS[min(self._plan_failures, len(_PLAN_BACKOFF_SECONDS) - 1)]
             self._plan_failures += 1
             self._plan_resume = time.monotonic() + pause
 
-    def _drop_plan(self, info: ObjectInfo) -> None:
+    def _plan_rest(self, run: Run, index: int) -> None:
+        """Put back into the plan what a download ahead of readers was to bring from chunk ``index`` on.
+
+        Demand took its place, or it failed. A chunk that had arrived has had its turn, evicted since or not.
+        """
+        left = [at for at in range(index, run.planned_stop) if self._wanted(run.stored, at)]
+        if left and not (run.refused or run.dropped or self.closing):
+            span = ByteRange(run.stored.info.chunk_range(left[0]).start, run.stored.info.chunk_range(left[-1]).stop)
+            planned = Planned(PlanItem(run.stored.info, span), left[0], run.since)
+            heapq.heappush(self._plan, (0, next(self._sequence), planned))
+
+    def _drop_plan(self, run: Run) -> None:
+        info = run.stored.info
+        run.dropped = True
         self._ahead.pop(info.number, None)
         self._plan = [entry for entry in self._plan if entry[2].item.info.number != info.number]
         heapq.heapify(self._plan)

@@ -81,8 +81,9 @@ class Run:
     """One GET. ``stop`` may be lowered while it runs, when demand takes a later chunk out of it.
 
     ``at`` is the chunk it has reached. Where there is no demand, ``since`` is the time (seconds since the
-    epoch) at which the download was asked for: what was used later is not evicted for it. A run that ``hedges``
-    downloads a chunk that another run is late with.
+    epoch) at which the download was asked for: what was used later is not evicted for it; and ``planned_stop`` is
+    where it was to end, unless the plan was dropped. A run that ``hedges`` downloads a chunk that another run is
+    late with.
     """
 
     stored: StoredObject
@@ -97,6 +98,8 @@ class Run:
     refused: bool = False
     at: int = 0
     since: float = 0.0
+    planned_stop: int = 0
+    dropped: bool = False
     began: float = 0.0
     first_byte_at: float = 0.0
     hedged: bool = False
@@ -190,7 +193,7 @@ class RunSink:
         self._run = run
         self._token = token
         self.current: Active | None = first
-        self._index = first.index
+        self.index = first.index
         self._slice = MIN_SLICE_BYTES
         self._slice_began = 0.0
         self._sums = b""
@@ -200,7 +203,7 @@ class RunSink:
         if self._engine.closing:
             raise GivenUpError
         if self.current is None:
-            self.current = trio.from_thread.run(self._engine.next_chunk, self._run, self._index)
+            self.current = trio.from_thread.run(self._engine.next_chunk, self._run, self.index)
             if self.current is None:
                 raise GivenUpError
         if self.current.lost:
@@ -228,7 +231,7 @@ class RunSink:
         if active.filled == len(active.span):
             sums, self._sums = self._sums, b""
             self.current = None
-            self._index += 1
+            self.index += 1
             self._token.run_sync_soon(self._engine.chunk_done, self._run, active, sums)
         elif self._run.hedges is not None and active.filled == count:
             self._token.run_sync_soon(self._engine.overtaken, self._run, active)
@@ -244,7 +247,5 @@ class RunSink:
             self._sums += checksum(active.view[done:ready])
 
     def connected(self, abort: Callable[[], None]) -> None:
-        """See ``Sink.connected``."""
-        if self._engine.closing:
-            raise GivenUpError
+        """See ``Sink.connected``; where the engine has just closed, ``space`` ends the run."""
         self._run.abort = abort

@@ -7,7 +7,7 @@ export UV_PYTHON := $(PYTHON)
 export UV_PYTHON_DOWNLOADS := never
 export MODELFS_MINISTACK := $(CURDIR)/.venv-ministack/bin/ministack
 BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev pkg-config libfuse3-dev fuse3
-TEST_PACKAGES := radosgw ceph-osd ceph-mon ceph-common util-linux procps
+TEST_PACKAGES := radosgw ceph-osd ceph-mon ceph-common util-linux procps openssl
 
 .PHONY: help setup servers demo test check format bench bench-ttft bench-replay bench-ceiling test-engines clean
 
@@ -68,7 +68,7 @@ bench-ceiling: .venv/.ready ## the rate at which one process ends, by pretence
 	@.venv/bin/python -m bench.ceiling
 
 bench: .venv/.ready servers .venv-peers/.ready ## reads of every kind beside rclone, s3fs, s5cmd and the local disk; MICRO="--shapes ... --only ..."
-	@.ci/system-packages s3fs fuse3 fio gcc libc6-dev openssl
+	@.ci/system-packages s3fs fuse3 fio gcc libc6-dev
 	@.venv/bin/python -m bench.micro $(MICRO)
 
 .venv-engines/.ready: tests/engines/requirements.txt

@@ -17,6 +17,7 @@ import boto3
 from boto3.s3.transfer import TransferConfig
 
 from modelfs.cli.embedded import ObjectStore
+from tests.support.certificate import make_certificate
 from tests.support.rgw import Rgw, rgw
 
 MIB = 1024 * 1024
@@ -104,17 +105,9 @@ class Origin:
 
     def _trust_certificate(self) -> Path:
         """Make a certificate, once, and let every program that is started from here trust it."""
-        path = self._home / "certificate.pem"
-        if not path.exists():
-            subprocess.run(
-                ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "30", "-subj", "/CN=127.0.0.1",
-                 "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", path, "-out", path.with_suffix(".crt")],
-                check=True, capture_output=True,
-            )  # fmt: skip
-            with path.open("a") as bundle:
-                bundle.write(path.with_suffix(".crt").read_text())
-            for name in ("AWS_CA_BUNDLE", "SSL_CERT_FILE", "CURL_CA_BUNDLE"):
-                os.environ[name] = str(path.with_suffix(".crt"))
+        path, trusted = make_certificate(self._home)
+        for name in ("AWS_CA_BUNDLE", "SSL_CERT_FILE", "CURL_CA_BUNDLE"):
+            os.environ[name] = str(trusted)
         return path
 
     def sent(self) -> tuple[int, int]:

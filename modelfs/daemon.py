@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 
 MAX_TASKS = 1024
 """Namespace requests at once; with pyfuse3's 99, blocked ones stall every lookup."""
+LISTINGS = 4
+"""Listings at once: downloads keep their connections."""
 _REFRESH_PAUSE_SECONDS = 1.0
 _EXAMPLES = 3
 
@@ -171,11 +173,14 @@ class Worker:
         """
         listings: list[Listing | None] = [None] * len(self._config.sources)
         failures: list[OriginError] = []
+        limiter = trio.CapacityLimiter(LISTINGS)
 
         async def list_one(position: int, source: Source) -> None:
             origin = self._origins[source.bucket]
             try:
-                objects: list[ObjectInfo] = await trio.to_thread.run_sync(lambda: list(origin.list(source.prefix)))
+                objects: list[ObjectInfo] = await trio.to_thread.run_sync(
+                    lambda: list(origin.list(source.prefix)), limiter=limiter
+                )
             except OriginError as error:
                 failures.append(error)
                 return

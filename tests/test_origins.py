@@ -1,8 +1,13 @@
 """What every origin must do, on real servers and on the fake one."""
 
+import contextlib
 import http.server
 import random
+import re
+import ssl
 import threading
+import time
+from typing import ClassVar
 
 import pytest
 
@@ -16,9 +21,11 @@ from modelfs.errors import (
     NoCredentialsError,
     ObjectChangedError,
     ObjectNotFoundError,
+    OriginError,
 )
 from modelfs.metrics import Metrics
 from modelfs.origins.s3 import S3Origin
+from tests.support.certificate import make_certificate
 
 
 class Collect:
@@ -162,6 +169,88 @@ def test_reads_renew_refused_credentials_too(setting, any_store, monkeypatch, re
     assert bytes(sink.data) == b"data"
 
 
+@contextlib.contextmanager
+def served(handler, certificate=None):
+    """Run an HTTP server; give its URL."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.handle_error = lambda *_: None  # the client closes first
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http{'s' if certificate else ''}://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def some_credentials(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+
+
+class SteadyStore(http.server.BaseHTTPRequestHandler):
+    """Answers a range at some 80 MB/s."""
+
+    protocol_version = "HTTP/1.1"
+    body = random.Random(6).randbytes(8 * MIB)
+    ranges: ClassVar[list[tuple[int, int]]] = []
+
+    def do_GET(self):
+        start, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"]).groups())
+        self.ranges.append((start, last + 1))
+        self.send_response(206)
+        self.send_header("ETag", '"v"')
+        self.send_header("Content-Range", f"bytes {start}-{last}/{len(self.body)}")
+        self.send_header("Content-Length", str(last + 1 - start))
+        self.end_headers()
+        for position in range(start, last + 1, 80_000):
+            self.wfile.write(self.body[position : min(position + 80_000, last + 1)])
+            time.sleep(0.001)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_broken_off_body_goes_on_with_the_right_byte(tls, some_credentials, monkeypatch, tmp_path):
+    """What still comes over the old connection is the body or nothing: never ciphertext."""
+    certificate = None
+    if tls:
+        certificate, trusted = make_certificate(tmp_path)
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(trusted))
+
+    class Sink(Collect):
+        breaks = 0
+
+        def connected(self, abort):
+            self.abort = abort
+            self.reached = len(self.data)
+
+        def advance(self, count):
+            super().advance(count)
+            if len(self.data) > self.reached + MIB and self.breaks < 5:
+                self.breaks += 1
+                self.reached = len(self.data)
+                threading.Timer(0.003, self.abort).start()
+
+    SteadyStore.ranges.clear()
+    with served(SteadyStore, certificate) as url:
+        made = origin("bkt", endpoint_url=url, region="us-east-1", addressing="path")
+        info = ObjectInfo(ObjectId(made.name, "key", '"v"'), len(SteadyStore.body), 0)
+        sink = Sink(MIB)
+        made.read_into(info, ByteRange(0, info.size), sink)
+    assert sink.data == SteadyStore.body
+    assert sink.breaks == 5
+    assert len(SteadyStore.ranges) >= 4
+    with pytest.raises(OSError, match="ended"):
+        sink.abort()
+
+
 class ChunkedStore(http.server.BaseHTTPRequestHandler):
     """Answers a range with a chunked body, as some proxies do."""
 
@@ -183,21 +272,32 @@ class ChunkedStore(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_chunked_body_is_read_without_its_framing(monkeypatch):
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), ChunkedStore) as server:
-        server.handle_error = lambda *_: None  # the client closes first
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            url = f"http://127.0.0.1:{server.server_port}"
-            made = origin("bkt", endpoint_url=url, region="us-east-1", addressing="path")
-            info = ObjectInfo(ObjectId(made.name, "key", '"v"'), len(ChunkedStore.body), 0)
-            for _ in range(2):
-                sink = Collect(MIB)
-                made.read_into(info, ByteRange(0, info.size), sink)
-                assert sink.data == ChunkedStore.body
-        finally:
-            server.shutdown()
-            thread.join()
+def test_chunked_body_is_read_without_its_framing(some_credentials):
+    with served(ChunkedStore) as url:
+        made = origin("bkt", endpoint_url=url, region="us-east-1", addressing="path")
+        info = ObjectInfo(ObjectId(made.name, "key", '"v"'), len(ChunkedStore.body), 0)
+        for _ in range(2):
+            sink = Collect(MIB)
+            made.read_into(info, ByteRange(0, info.size), sink)
+            assert sink.data == ChunkedStore.body
+
+
+class BrokenListing(http.server.BaseHTTPRequestHandler):
+    """Says that there is more and not where."""
+
+    def do_GET(self):
+        body = b"<ListBucketResult><IsTruncated>true</IsTruncated></ListBucketResult>"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_listing_that_breaks_off_is_an_error(some_credentials):
+    with served(BrokenListing) as url:
+        made = origin("bkt", endpoint_url=url, region="us-east-1", addressing="path")
+        with pytest.raises(OriginError, match="broke off its listing"):
+            list(made.list(""))

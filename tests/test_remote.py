@@ -1,7 +1,9 @@
 """The processes that download, as the worker sees them."""
 
+import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -9,10 +11,17 @@ import pytest
 
 from modelfs.chunks import CHUNK_BYTES, MIB, ByteRange, ObjectId, ObjectInfo
 from modelfs.config import OriginConfig
-from modelfs.errors import BucketNotFoundError, ConfigError, ModelfsError, ObjectChangedError, TransientOriginError
+from modelfs.errors import (
+    BucketNotFoundError,
+    ConfigError,
+    ModelfsError,
+    ObjectChangedError,
+    OriginError,
+    TransientOriginError,
+)
 from modelfs.memory import Memory
 from modelfs.metrics import Metrics
-from modelfs.origins.remote import Processes, RemoteOrigin
+from modelfs.origins.remote import PROGRAM, Processes, RemoteOrigin
 from tests.support.slow_proxy import slow_proxy
 
 PLACE_BYTES = 64 * 1024
@@ -41,17 +50,29 @@ class Sink:
         self.abort = abort
 
 
-@pytest.fixture
-def processes(rgw_server, monkeypatch):
-    for name, value in rgw_server.store.environment().items():
-        monkeypatch.setenv(name, value)
+@contextlib.contextmanager
+def started(program=PROGRAM, level="warning"):
     memory = Memory.share()
     memory.reserve(CHUNK_BYTES)
-    made = Processes(memory=memory, count=2, calls=4, logging=("warning", "text"))
-    yield made
-    pids = made.pids
-    made.stop()
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+    made = Processes(memory=memory, count=2, calls=4, logging=(level, "text"), program=program)
+    try:
+        yield made
+    finally:
+        pids = made.pids
+        made.stop()
+        assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+@pytest.fixture
+def environment(rgw_server, monkeypatch):
+    for name, value in rgw_server.store.environment().items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def processes(environment):
+    with started() as made:
+        yield made
 
 
 @pytest.fixture
@@ -183,6 +204,60 @@ def test_a_process_that_does_not_react_is_killed(running, processes, monkeypatch
     finally:
         for pid in processes.pids:
             os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("", "profile 'team'"),
+        ("endpoint_url = http://127.0.0.1:9\n", "leads to s3://.*127.0.0.1:9 now"),
+    ],
+)
+def test_a_configuration_that_changes_later_is_a_failure_to_be_tried_again(
+    bucket, rgw_server, environment, metrics, tmp_path, monkeypatch, text, match
+):
+    """A process that is started later reads the configuration later."""
+    file = tmp_path / "aws-config"
+    store = rgw_server.store
+    profile = f"[profile team]\naws_access_key_id = {store.access_key}\naws_secret_access_key = {store.secret_key}\n"
+    right = f"{profile}endpoint_url = {store.endpoint_url}\n"
+    file.write_text(right)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(file))
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    bucket.put("k", b"data")
+    config = OriginConfig(profile="team", addressing="path")
+    with started() as processes:
+        made = RemoteOrigin(bucket=bucket.name, config=config, processes=processes, count=metrics.count_origin)
+        info, sink = sole(made), Sink(processes.memory)
+        file.write_text(text and profile + text)
+        for pid in processes.pids:
+            os.kill(pid, signal.SIGKILL)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(TransientOriginError, match=match):
+            made.read_into(info, ByteRange(0, 4), sink)
+        file.write_text(right)
+        made.read_into(info, ByteRange(0, 4), sink)
+    assert sink.data == b"data"
+
+
+def test_what_nobody_foresaw_is_an_error_and_not_a_hang(environment, metrics):
+    with started((sys.executable, "-m", "tests.support.odd_process"), "error") as processes:
+        made = RemoteOrigin(bucket="b", config=OriginConfig(), processes=processes, count=metrics.count_origin)
+        info = ObjectInfo(ObjectId(made.name, "k", "v"), 10, 0)
+        for _ in range(4):  # as often as there are connections
+            with pytest.raises(OriginError, match="KeyError"):
+                made.list("n/")
+            with pytest.raises(OriginError, match="odd"):
+                made.read_into(info, ByteRange(0, 10), Sink(processes.memory))
+
+
+def test_what_came_before_a_call_was_given_up_is_counted(bucket, origin, processes, metrics):
+    data = bucket.put("k", os.urandom(2 * MIB))
+    made = origin()
+    with pytest.raises(KeyError, match="enough"):
+        made.read_into(sole(made), ByteRange(0, len(data)), Sink(processes.memory, PLACE_BYTES))
+    assert metrics.registry.get_sample_value("modelfs_origin_requests_total", {"op": "get"}) == 1
+    assert metrics.registry.get_sample_value("modelfs_origin_bytes_total") >= PLACE_BYTES
 
 
 def test_stopping_with_a_download_under_way_starts_nothing_anew(running, processes):

@@ -10,6 +10,7 @@ between slices. Trusts the other side, which started it.
 import contextlib
 import functools
 import itertools
+import logging
 import os
 import pickle
 import signal
@@ -21,12 +22,14 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from modelfs.config import OriginConfig
-from modelfs.errors import ModelfsError
+from modelfs.errors import ConfigError, ModelfsError, OriginError, TransientOriginError
 from modelfs.logs import setup_logging
 from modelfs.memory import Memory
 from modelfs.origins.remote import ABORT, COUNT, DONE, FAILED, FILLED, PAGE, PLACE
 from modelfs.origins.s3 import S3Origin
 from modelfs.threads import in_background
+
+log = logging.getLogger(__name__)
 
 _PAGE_OBJECTS = 1000
 
@@ -97,12 +100,10 @@ class Server:
     def _serve(self, slot: int, connection: Connection) -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
-                number, kind, bucket, config, *arguments = connection.recv()
+                number, *request = connection.recv()
                 sink = RemoteSink(connection, self._memory)
                 self._running[slot] = number, sink
-                answer = in_background(
-                    functools.partial(self._answer, connection, sink, kind, bucket, config, arguments)
-                )
+                answer = in_background(functools.partial(self._answer, connection, sink, *request))
                 del self._running[slot]
                 connection.send_bytes(answer)
 
@@ -110,39 +111,59 @@ class Server:
         self,
         connection: Connection,
         sink: RemoteSink,
-        kind: str,
         bucket: str,
         config: OriginConfig,
-        arguments: list[Any],
+        name: str,
+        *request: Any,  # noqa: ANN401
     ) -> bytes:
-        """Do what a call asks for; return its last message."""
-        result: Any = None
+        """Do what a call asks for; return its last message, whatever happens: someone waits for it."""
         try:
-            origin = self._origin(bucket, config)
-            if kind == "read":
-                info, span = arguments
-                origin.read_into(info, span, sink)
-                result = sink.filled
-            elif kind == "list":
-                objects = origin.list(*arguments)
-                while page := list(itertools.islice(objects, _PAGE_OBJECTS)):
-                    connection.send_bytes(bytes((PAGE,)) + pickle.dumps(page))
-            elif kind == "name":
-                result = origin.name
-            elif kind == "get_small":
-                result = origin.get_small(*arguments)
-            elif kind == "put_small":
-                origin.put_small(*arguments)
+            result = self._do(self._origin(bucket, config, name), connection, sink, *request)
         except _EndedError:
-            pass
+            result = None
         except ModelfsError as error:
             return self._last(FAILED, (type(error).__name__, error.what, error.mend))
+        except Exception as error:
+            log.exception("a call for bucket '%s' failed", bucket)
+            return self._last(FAILED, (OriginError.__name__, f"reading bucket '{bucket}' failed ({error!r:.200})", ""))
         return self._last(DONE, result)
 
-    def _origin(self, bucket: str, config: OriginConfig) -> S3Origin:
+    def _do(self, origin: S3Origin, connection: Connection, sink: RemoteSink, kind: str, *arguments: Any) -> object:  # noqa: ANN401
+        if kind == "read":
+            info, span = arguments
+            origin.read_into(info, span, sink)
+            return sink.filled
+        if kind == "list":
+            objects = origin.list(*arguments)
+            while page := list(itertools.islice(objects, _PAGE_OBJECTS)):
+                connection.send_bytes(bytes((PAGE,)) + pickle.dumps(page))
+            return None
+        if kind == "get_small":
+            return origin.get_small(*arguments)
+        if kind == "put_small":
+            origin.put_small(*arguments)
+            return None
+        return origin.name
+
+    def _origin(self, bucket: str, config: OriginConfig, name: str) -> S3Origin:
+        """Return the origin; ``name`` is what it was called at the mount, nothing at that time.
+
+        It may be made long after the mount, when the configuration is being written or means another store.
+        """
         with self._lock:
             if (bucket, config) not in self._origins:
-                self._origins[bucket, config] = self._kind(bucket=bucket, config=config, count=self._count)
+                try:
+                    made = self._kind(bucket=bucket, config=config, count=self._count)
+                except ConfigError as error:
+                    if not name:
+                        raise
+                    raise TransientOriginError(error.what, error.mend) from error
+                if name and made.name != name:
+                    raise TransientOriginError(
+                        f"the configuration leads to {made.name} now, at the mount it was {name}",
+                        "mount again to use it",
+                    )
+                self._origins[bucket, config] = made
             return self._origins[bucket, config]
 
     def _count(self, what: str, label: str, amount: int) -> None:

@@ -206,7 +206,8 @@ class RemoteOrigin:
         self._config = config
         self._processes = processes
         self._count = count
-        self.name: str = self._ask("name")
+        self.name = ""
+        self.name = self._ask("name")
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """See ``Origin.list``."""
@@ -225,38 +226,37 @@ class RemoteOrigin:
 
     def read_into(self, info: ObjectInfo, span: ByteRange, sink: Sink) -> None:
         """See ``Origin.read_into``; the sink's space lies in the shared memory."""
-        with self._processes.call("read", self._bucket, self._config, info, span) as call:
-            given_up: BaseException | None = None
+        given_up: BaseException | None = None
+        with self._processes.call(self._bucket, self._config, self.name, "read", info, span) as call:
+            sink.connected(call.abort)  # by breaking off it is noticed that the process hangs, from now on
             while (message := call.receive())[0] == FILLED:
                 (count,) = COUNT.unpack_from(message, 1)
                 try:
                     if count:
                         sink.advance(count)
-                    else:
-                        sink.connected(call.abort)
                     space = sink.space()
                 except BaseException as error:  # noqa: BLE001 - raised when the process has let go of the memory
                     given_up = error
                     call.grant(0, 0)
                 else:
                     call.grant(self._processes.memory.offset(space), len(space))
-        if given_up is not None:
-            raise given_up
-        if count := self._finish(message):
+        count = self._finish(message, given_up)
+        if count:
             sink.advance(count)
 
     def _ask(self, *request: object, take: Callable[[Any], object] = lambda page: None) -> Any:  # noqa: ANN401
-        kind, *arguments = request
-        with self._processes.call(kind, self._bucket, self._config, *arguments) as call:
+        with self._processes.call(self._bucket, self._config, self.name, *request) as call:
             while (message := call.receive())[0] == PAGE:
                 take(pickle.loads(message[1:]))
         return self._finish(message)
 
-    def _finish(self, message: bytes) -> Any:  # noqa: ANN401
-        """Take the last message of a call: counts, and a result or an error to raise."""
+    def _finish(self, message: bytes, given_up: BaseException | None = None) -> Any:  # noqa: ANN401
+        """Take the last message of a call: counts, and a result or an error to raise; ``given_up`` before either."""
         counts, result = pickle.loads(message[1:])
         for (what, label), amount in counts.items():
             self._count(what, label, amount)
+        if given_up is not None:
+            raise given_up
         if message[0] == FAILED:
             name, what, mend = result
             kind: type[ModelfsError] = getattr(errors, name)

@@ -140,7 +140,9 @@ class S3Origin:
                 )
             if not page.get("IsTruncated"):
                 return
-            token = page["NextContinuationToken"]
+            token = page.get("NextContinuationToken")
+            if not token:
+                raise OriginError(f"bucket '{self._bucket}': the store broke off its listing", "check --endpoint-url")
 
     def _list_page(self, prefix: str, token: str | None) -> dict[str, Any]:
         arguments: dict[str, Any] = {"Bucket": self._bucket, "Prefix": prefix}
@@ -185,10 +187,14 @@ class S3Origin:
             if time.monotonic() - self._client_made < _RENEW_SECONDS:
                 return False
             try:
-                self._client = self._make_client()
+                client = self._make_client()
             except ConfigError as error:
                 log.warning("the credentials cannot be read again: %s", error)
                 return False
+            if client.meta.endpoint_url != self._endpoint:
+                log.warning("the configuration names another endpoint now: mount again to use it")
+                return False
+            self._client = client
         return True
 
     # -- small objects of our own -------------------------------------------------------------------
@@ -254,8 +260,8 @@ class S3Origin:
         raw, left = answer["Body"]._raw_stream, len(span)
         try:
             self._check(answer, info, span)
-            sink.connected(raw.shutdown)
             body = _Body(raw, left)
+            sink.connected(body.abort)
             while left:
                 count = body.into(sink.space())
                 if not count:
@@ -357,21 +363,22 @@ class S3Origin:
 class _Body:
     """Receives the body of one answer into memory that is lent to it.
 
-    urllib3's readinto would make one more copy of every byte, so http.client's is used; and from a plain socket
-    the bulk is taken by recv(2) with MSG_WAITALL, which fills a slice in one system call. Every return to Python
-    is a fight of all downloads for the interpreter lock: ``readinto`` comes back for each poll and each segment.
+    urllib3's readinto would make one more copy of every byte, so http.client's is used; the bulk is taken from the
+    socket below it. From a plain one by recv(2) with MSG_WAITALL, which fills a slice in one system call: every
+    return to Python is a fight of all downloads for the interpreter lock. Of TLS only a record can be had at a time.
     """
 
     def __init__(self, response: Any, length: int) -> None:  # noqa: ANN401
         self._response = response._fp
         self._left = length
         sock = getattr(response._connection, "sock", None)
-        # Of TLS only its own layer can read, a record at a time; and a chunked body has more in it than its bytes.
-        plain = type(sock) is socket.socket and not self._response.chunked and self._response.length == length
-        self._socket = sock if plain else None
-        # What came with the headers lies in http.client's buffer and goes first.
-        self._buffered = len(self._response.fp.peek(1)) if self._socket and length else 0
-        if self._socket is not None:
+        self._socket: socket.socket | None = sock if isinstance(sock, socket.socket) else None
+        # A chunked body has more in it than its bytes.
+        self._direct = self._socket is not None and not self._response.chunked and self._response.length == length
+        self._plain = self._direct and type(sock) is socket.socket
+        self._buffered = -1
+        """What came with the headers lies in http.client's buffer and goes first; not looked at yet."""
+        if self._plain and self._socket is not None:
             seconds = struct.pack("@ll", _RECEIVE_SECONDS, 0)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
             self._socket.settimeout(None)
@@ -383,13 +390,16 @@ class _Body:
         Raises:
             OSError: The connection broke or has been silent for too long.
         """
+        if self._buffered < 0:
+            self._buffered = len(self._response.fp.peek(1)) if self._direct else 0
         if self._buffered:
             space = space[: self._buffered]
-        if self._socket is None or self._buffered or self._left <= _TAIL_BYTES:
+        if self._socket is None or not self._direct or self._buffered or self._left <= _TAIL_BYTES:
             count = int(self._response.readinto(space[: self._left]))
             self._buffered = max(0, self._buffered - count)
         else:
-            count = self._receive(self._socket, space[: self._left - _TAIL_BYTES])
+            receive = self._receive if self._plain else _receive_records
+            count = receive(self._socket, space[: self._left - _TAIL_BYTES])
             self._response.length -= count
         self._left -= count
         return count
@@ -410,9 +420,35 @@ class _Body:
 
     def finish(self) -> None:
         """Leave the connection as it was found, for its next request."""
-        if self._socket is not None:
-            self._socket.settimeout(INACTIVITY_SECONDS)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        sock, self._socket = self._socket, None
+        if sock is not None and self._plain:
+            sock.settimeout(INACTIVITY_SECONDS)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+
+    def abort(self) -> None:
+        """Break off the wait for the network; callable from any thread.
+
+        The shutdown of ``SSLSocket``, and so urllib3's, would also take off the TLS layer: what is still in the
+        socket's queue would then be read as it is, and ciphertext taken for the body.
+
+        Raises:
+            OSError: There is no connection (any more).
+        """
+        sock = self._socket
+        if sock is None:
+            raise OSError("the body has ended")
+        socket.socket.shutdown(sock, socket.SHUT_RD)
+
+
+def _receive_records(sock: socket.socket, space: memoryview) -> int:
+    """Fill ``space`` from a TLS connection, or as much as comes before it is time to show progress."""
+    until, count = time.monotonic() + _RECEIVE_SECONDS, 0
+    while count < len(space) and time.monotonic() < until:
+        received = sock.recv_into(space[count:])
+        if not received:
+            break
+        count += received
+    return count
 
 
 def _pause(attempt: int) -> None:

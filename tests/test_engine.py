@@ -69,6 +69,16 @@ async def test_first_token_is_noted_when_the_count_grows():
                         await trio.sleep(0.05)
                 assert began <= load.first_token <= began + 5
                 assert load.document(load.began)["first_token_seconds"] > LOOK_SECONDS
+                Page.count = 5000
+                load.last -= 100
+                loads.opened(file, "cached")
+                _, second = loads.recent
+                await trio.sleep(3 * LOOK_SECONDS)
+                assert not second.first_token, "what had been generated before is not this load's"
+                Page.count = 5001
+                with trio.fail_after(10):
+                    while not second.first_token:
+                        await trio.sleep(0.05)
                 nursery.cancel_scope.cancel()
         finally:
             server.shutdown()

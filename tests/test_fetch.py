@@ -330,6 +330,59 @@ async def test_demand_finds_a_place_among_long_downloads(engine):
     gate.set()
 
 
+async def read_on(made, stored, chunks):
+    """Read a few bytes of each chunk, in order, as the file system does for a reader that is served by copy."""
+    for index in chunks:
+        span = ByteRange(index * CHUNK_BYTES, index * CHUNK_BYTES + 10)
+        made.fetch.note_read(stored, span)
+        await made.read(stored, span)
+
+
+async def test_no_more_is_fetched_ahead_of_a_reader_on_its_way_than_the_buffers_hold(engine, monkeypatch):
+    monkeypatch.setattr("modelfs.fetch.planner.SILENCE_SECONDS", 1.0)
+    made = await engine(whole_files=True)
+    info = made.origin.put("big", some_bytes(24 * CHUNK_BYTES))
+    other = made.origin.put("other", some_bytes(CHUNK_BYTES))
+    stored = made.store.object(info)
+    gate = threading.Event()
+    made.origin.fault = lambda key, position: key == "big" and position >= 4 * CHUNK_BYTES and gate.wait(20) and None
+    with made.store.using(stored):
+        stored.copied = True
+        await read_on(made, stored, range(3))
+        made.fetch.submit([PlanItem(info, ByteRange(0, info.size)), PlanItem(other, ByteRange(0, other.size))], 1)
+        gate.set()
+        with trio.fail_after(5):
+            while not made.store.object(other).complete:
+                made.fetch.note_read(stored, ByteRange(2 * CHUNK_BYTES, 2 * CHUNK_BYTES + 10))
+                await trio.sleep(0.02)
+        for _ in range(10):
+            made.fetch.note_read(stored, ByteRange(2 * CHUNK_BYTES, 2 * CHUNK_BYTES + 10))
+            await trio.sleep(0.05)
+        assert max(stored.chunks) < 2 + BUDGET // CHUNK_BYTES, "further ahead than the buffers reach"
+        with trio.fail_after(10):  # the reader is silent: nothing holds the download back
+            while not stored.complete:
+                await trio.sleep(0.05)
+
+
+async def test_a_reader_on_its_way_finds_the_chunks_before_it_in_memory(engine):
+    made = await engine(whole_files=True)
+    info = made.origin.put("big", some_bytes(24 * CHUNK_BYTES))
+    stored = made.store.object(info)
+    made.fetch.submit([PlanItem(info, ByteRange(0, info.size))], 1)
+    found = 0
+    with made.store.using(stored):
+        stored.copied = True
+        await read_on(made, stored, range(2))
+        for index in range(2, 24):
+            span = ByteRange(index * CHUNK_BYTES, index * CHUNK_BYTES + 10)
+            made.fetch.note_read(stored, span)
+            await trio.sleep(0.03)  # slower than the download
+            found += made.fetch.peek(stored, index, span) is not None
+            await made.read(stored, span)
+    assert found >= 20
+    await made.settle()
+
+
 async def test_slow_is_not_silent(engine, monkeypatch):
     """A reader of a chunk's end waits as long as bytes arrive at all."""
     monkeypatch.setattr("modelfs.fetch.READ_DEADLINE_SECONDS", 0.5)

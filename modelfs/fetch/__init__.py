@@ -15,21 +15,20 @@ import heapq
 import itertools
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 
 import trio
 
-from modelfs.chunks import CHUNK_BYTES, MIB, ByteRange, ObjectInfo, chunks_of
+from modelfs.chunks import CHUNK_BYTES, MIB, ByteRange, ObjectInfo
 from modelfs.errors import ObjectChangedError, OriginError, ReadTimeoutError
 from modelfs.fetch.pace import INTERVAL_SECONDS, Pace
+from modelfs.fetch.planner import MAX_RUN_CHUNKS, Planner
 from modelfs.fetch.runs import (
     DEMAND_RUNS,
     Active,
-    Ahead,
     GivenUpError,
     PlanItem,
-    Planned,
     Pool,
     Run,
     RunSink,
@@ -45,8 +44,6 @@ __all__ = ["HEDGE_SAMPLES", "Fetch", "PlanItem", "default_budget"]
 
 log = logging.getLogger(__name__)
 
-MAX_RUN_CHUNKS = 4
-"""Longest run in chunks (32 MiB): beyond it the request's latency is under 6 % at 90 MB/s."""
 STALL_SECONDS = 10.0
 """A run that gained no slice for so long is broken off and resumed on another connection."""
 READ_DEADLINE_SECONDS = 60.0
@@ -59,10 +56,7 @@ HEDGE_SHARE = 0.03
 """Most bytes asked for twice, of all received."""
 WRITERS = 4
 """Chunks written at once: with two, sixteen readers at once nearly always had chunks served and not kept."""
-WINDOW_CHUNKS = 8
-"""Largest read-ahead, in chunks, of a file that is read in order but not prefetched."""
 _RETRY_SECONDS = 0.5
-_PLAN_BACKOFF_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
 
 class Fetch:
@@ -95,22 +89,25 @@ class Fetch:
         self._origins = origins
         self._metrics = metrics
         self._pool = Pool(budget_bytes, memory, metrics)
-        self._whole_files = whole_files
         self._on_changed = on_changed
         self._active: dict[tuple[int, int], Active] = {}
         self._owner: dict[tuple[int, int], Run] = {}
         self._demand: list[tuple[int, int, StoredObject]] = []
         self._demand_waiters: dict[tuple[int, int], list[Waiter]] = {}
-        self._ahead: OrderedDict[int, Ahead] = OrderedDict()
-        self._plan: list[tuple[int, int, Planned]] = []
         self._sequence = itertools.count()
         self._runs: set[Run] = set()
         self._writes = 0
         self._work = trio.Event()
-        self._plan_failures = 0
-        self._plan_resume = 0.0
         self._write_limiter = trio.CapacityLimiter(WRITERS)
         self._max_runs = max_runs
+        self._planner = Planner(
+            wanted=self._wanted,
+            most_bytes=lambda: store.limit_bytes - store.headroom_bytes,
+            objects=store.object,
+            whole_files=whole_files,
+            max_runs=max_runs,
+            buffers=self._pool.plan_capacity,
+        )
         self._pace = Pace(max(1, max_runs - DEMAND_RUNS))
         self._ended_runs_bytes = 0
         self._run_limiter = trio.CapacityLimiter(max_runs)
@@ -175,25 +172,12 @@ class Fetch:
 
     def note_read(self, stored: StoredObject, span: ByteRange) -> None:
         """Tell of a read of a file that is not complete: what follows it is wanted soon."""
-        last = (span.stop - 1) // CHUNK_BYTES
-        ahead = self._ahead.get(stored.info.number)
-        if ahead is None:
-            ahead = self._ahead[stored.info.number] = Ahead(stored, last, 0)
-        else:
-            self._ahead.move_to_end(stored.info.number, last=False)
-        if last in {ahead.cursor, ahead.cursor + 1}:
-            if last != ahead.cursor or not ahead.window:
-                ahead.window = min(WINDOW_CHUNKS, max(1, ahead.window * 2))
-        else:
-            ahead.window = 0
-        ahead.cursor = last
+        self._planner.note_read(stored, span)
         self._work.set()
 
     def submit(self, items: Iterable[PlanItem], rank: int) -> None:
         """Add to the plan; lower ranks come first, equal ones in the order given."""
-        for item in items:
-            planned = Planned(item, chunks_of(item.span).start)
-            heapq.heappush(self._plan, (rank, next(self._sequence), planned))
+        self._planner.submit(items, rank)
         self._work.set()
 
     def poke(self) -> None:
@@ -202,12 +186,12 @@ class Fetch:
 
     def drop_ahead(self, stored: StoredObject) -> None:
         """Forget a file's reader position, as when its last open is gone."""
-        self._ahead.pop(stored.info.number, None)
+        self._planner.forget_reader(stored)
 
     @property
     def idle(self) -> bool:
         """Whether nothing is running, wanted or being written."""
-        return not (self._runs or self._demand or self._plan or self._writes)
+        return not (self._runs or self._demand or self._planner.items or self._writes)
 
     def statistics(self) -> dict[str, float]:
         """Return the engine's current numbers."""
@@ -216,7 +200,7 @@ class Fetch:
             "runs_allowed": self._pace.allowed,
             "buffers_used": self._pool.used,
             "buffers": self._pool.capacity,
-            "plan_items": len(self._plan),
+            "plan_items": self._planner.items,
             "demand": len(self._demand),
             "received_bytes": self.received_bytes,
             "busy_seconds": round(self._busy_seconds + (time.monotonic() - self._busy_since if self._runs else 0.0), 3),
@@ -345,72 +329,23 @@ class Fetch:
             return None
         if self._reclaimable(demand=False) is None:
             return None
-        if time.monotonic() < self._plan_resume:
-            return None
-        return self._next_ahead() or self._next_planned()
-
-    def _next_ahead(self) -> Run | None:
-        for number in list(self._ahead):
-            ahead = self._ahead[number]
-            count = ahead.stored.info.chunk_count
-            if self._whole_files and ahead.stored.info.size <= self._store.limit_bytes - self._store.headroom_bytes:
-                candidates: Iterable[int] = itertools.chain(range(ahead.cursor, count), range(ahead.cursor))
-            else:
-                candidates = range(ahead.cursor + 1, min(count, ahead.cursor + 1 + ahead.window))
-            start = next((index for index in candidates if self._wanted(ahead.stored, index)), None)
-            if start is None:
-                if ahead.stored.complete:
-                    del self._ahead[number]
-                continue
-            self._ahead.move_to_end(number)
-            return self._extend(
-                ahead.since,
-                ahead.stored,
-                start,
-                count if self._whole_files else min(count, ahead.cursor + 1 + ahead.window),
-            )
-        return None
-
-    def _next_planned(self) -> Run | None:
-        while self._plan:
-            _, _, planned = self._plan[0]
-            stored = self._store.object(planned.item.info)
-            stop = chunks_of(planned.item.span).stop
-            planned.next = next((index for index in range(planned.next, stop) if self._wanted(stored, index)), stop)
-            if planned.next < stop:
-                return self._extend(planned.since, stored, planned.next, stop)
-            heapq.heappop(self._plan)
-        return None
-
-    def _extend(self, since: float, stored: StoredObject, start: int, stop: int) -> Run:
-        """Return a run from ``start`` over adjacent wanted chunks, shorter when little is left to share out.
-
-        Ahead of a reader whom we serve by copy, all runs together span no more than the buffers, so that
-        the reader finds the bytes there.
-        """
-        longest = MAX_RUN_CHUNKS
-        if len(self._plan) <= 1:
-            longest = max(1, min(MAX_RUN_CHUNKS, (stop - start) // (2 * self._max_runs) + 1))
-        if stored.copied:
-            longest = 1
-        end = start + 1
-        while end < min(stop, start + longest) and self._wanted(stored, end):
-            end += 1
-        return Run(stored, start, end, demand=False, since=since, planned_stop=end)
+        return self._planner.next_run()
 
     # -- running ------------------------------------------------------------------------------------
 
     def _reclaimable(self, *, demand: bool) -> list[Active] | None:
-        """Return the chunks to give up for another buffer: the oldest that only lie in memory and that nobody reads.
+        """Return the chunks to give up for another buffer, of those that only lie in memory and that nobody reads.
 
         ``None`` if there are too few; an empty list where a buffer is free.
         """
         lacking = self._pool.lacking(demand=demand)
-        held = (
+        if not lacking:
+            return []
+        held = [
             active for active in self._active.values() if active.complete and not active.refs and not active.writing
-        )
-        victims = list(itertools.islice(held, lacking))
-        return victims if len(victims) == lacking else None
+        ]
+        held.sort(key=lambda active: self._planner.worth(active.stored, active.index))
+        return held[:lacking] if len(held) >= lacking else None
 
     def _take_buffer(self, *, demand: bool) -> int | None:
         victims = self._reclaimable(demand=demand)
@@ -460,7 +395,7 @@ class Fetch:
         try:
             receive = functools.partial(origin.read_into, run.stored.info, span, sink)
             await trio.to_thread.run_sync(in_background, receive, limiter=self._run_limiter)
-            self._plan_failures = 0
+            self._planner.note_success()
         except GivenUpError:
             pass
         except OriginError as error:
@@ -476,14 +411,15 @@ class Fetch:
             if sink.current is not None:
                 self._abandon(sink.current)
             self._disown(run, range(run.start, run.stop + MAX_RUN_CHUNKS))
-            self._plan_rest(run, sink.index)
+            if not (run.refused or run.dropped or self.closing):
+                self._planner.put_back(run, sink.index)
             self._store.release(run.stored)
             self._work.set()
 
     def _run_failed(self, run: Run, sink: "RunSink", error: OriginError) -> None:
         if isinstance(error, ObjectChangedError):
             self._on_changed(run.stored.info)
-            self._drop_plan(run)
+            self._planner.drop(run)
         current = sink.current
         if current is not None and (current.lost or (run.hedges is not None and not current.waiters)):
             return  # the other download of the chunk is still there
@@ -491,30 +427,9 @@ class Fetch:
             waiter.error = error
         if not error.retryable and not (current is not None and current.waiters):
             log.warning("cannot download: %s", error)
-            self._drop_plan(run)
-        # Downloads that fail together, as those of one process or connection, are one failure.
-        if not (current is not None and current.waiters) and time.monotonic() >= self._plan_resume:
-            pause = _PLAN_BACKOFF_SECONDS[min(self._plan_failures, len(_PLAN_BACKOFF_SECONDS) - 1)]
-            self._plan_failures += 1
-            self._plan_resume = time.monotonic() + pause
-
-    def _plan_rest(self, run: Run, index: int) -> None:
-        """Put back into the plan what a download ahead of readers was to bring from chunk ``index`` on.
-
-        Demand took its place, or it failed. A chunk that had arrived has had its turn, evicted since or not.
-        """
-        left = [at for at in range(index, run.planned_stop) if self._wanted(run.stored, at)]
-        if left and not (run.refused or run.dropped or self.closing):
-            span = ByteRange(run.stored.info.chunk_range(left[0]).start, run.stored.info.chunk_range(left[-1]).stop)
-            planned = Planned(PlanItem(run.stored.info, span), left[0], run.since)
-            heapq.heappush(self._plan, (0, next(self._sequence), planned))
-
-    def _drop_plan(self, run: Run) -> None:
-        info = run.stored.info
-        run.dropped = True
-        self._ahead.pop(info.number, None)
-        self._plan = [entry for entry in self._plan if entry[2].item.info.number != info.number]
-        heapq.heapify(self._plan)
+            self._planner.drop(run)
+        if not (current is not None and current.waiters):
+            self._planner.pause()
 
     def _abandon(self, active: Active) -> None:
         """Take back an unfinished chunk; its waiters look again and find the failure or ask anew."""
@@ -667,9 +582,7 @@ class Fetch:
                     run.seen_at = now
                     with contextlib.suppress(OSError, ValueError):
                         run.abort()
-            if self._plan_resume and now > self._plan_resume:
-                self._plan_resume = 0.0
-                self._work.set()
+            self._work.set()  # a pause may be over, of the plan or of a reader
             self._progressed.set()
 
 

@@ -111,32 +111,13 @@ class Run:
         return range(self.start, self.stop)
 
 
-@dataclass(slots=True, eq=False)
-class Ahead:
-    """A file being read: where the reader is, and how far ahead of it to download."""
-
-    stored: StoredObject
-    cursor: int
-    window: int
-    since: float = field(default_factory=time.time)
-
-
-@dataclass(slots=True, eq=False)
-class Planned:
-    """An item of the plan on its way: chunks before ``next`` have had their turn, evicted since or not."""
-
-    item: PlanItem
-    next: int
-    since: float = field(default_factory=time.time)
-
-
 class Pool:
     """Chunk buffers, reused: fresh memory costs more than receiving into it."""
 
     def __init__(self, budget_bytes: int, memory: Memory, metrics: Metrics) -> None:
         self.capacity = max(_LEAST_BUFFERS, budget_bytes // CHUNK_BYTES)
         # A third is left to demand: the plan is no faster with more, and memory that is fresh costs processor time.
-        self._plan_capacity = self.capacity - max(2, self.capacity // 3)
+        self.plan_capacity = self.capacity - max(2, self.capacity // 3)
         self._memory = memory
         self._memory.reserve(self.capacity * CHUNK_BYTES)
         self._free = list(reversed(range(self.capacity)))
@@ -149,7 +130,7 @@ class Pool:
 
     def lacking(self, *, demand: bool) -> int:
         """Return how many buffers must come back before one may be taken."""
-        return max(0, self.used + 1 - (self.capacity if demand else self._plan_capacity))
+        return max(0, self.used + 1 - (self.capacity if demand else self.plan_capacity))
 
     def take(self) -> int:
         """Return a buffer, the one used last; the caller has looked whether one is lacking."""

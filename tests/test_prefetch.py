@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -6,9 +7,11 @@ from hypothesis import strategies as st
 from modelfs.chunks import CHUNK_BYTES, ObjectId, ObjectInfo
 from modelfs.config import TreeConfig
 from modelfs.prefetch import (
+    PAUSE_SECONDS,
     RANK_ENDS,
     RANK_SMALL,
     RANK_WEIGHTS,
+    Prefetch,
     is_model,
     model_files,
     model_of,
@@ -106,3 +109,22 @@ INDEXES = TREES.map(lambda value: json.dumps({"weight_map": value}).encode())
 def test_any_index_is_a_set_of_names_or_nothing(data):
     found = parse_index(data)
     assert found is None or all(isinstance(name, str) for name in found)
+
+
+def test_files_are_taken_into_memory_at_the_first_touch_and_after_a_pause(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("modelfs.prefetch.time", SimpleNamespace(monotonic=lambda: now[0]))
+    built = tree(**{"a.safetensors": BIG})
+    taken = []
+    made = Prefetch(
+        mode="auto",
+        store=SimpleNamespace(object=lambda info: info.id.key),
+        fetch=None,
+        pages=SimpleNamespace(want=lambda files: taken.append(list(files))),
+        traces=None,
+    )
+    made.start(built)
+    for seconds, times in [(5, 1), (1, 1), (PAUSE_SECONDS - 2, 1), (PAUSE_SECONDS, 2)]:
+        now[0] += seconds
+        made.touch(built.root)
+        assert taken == [["a.safetensors"]] * times

@@ -12,7 +12,6 @@ import ipaddress
 import json
 import os
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +59,14 @@ def parse_seconds(text: str) -> float:
     if not match:
         raise ValueError("expected a duration such as 30s, 5m, 1h or off")
     return float(match[1]) * _SECONDS[(match[2] or "").lower()]
+
+
+def parse_deadline(text: str) -> float:
+    """Parse a duration of at least a second; raise ``ValueError`` otherwise."""
+    seconds = parse_seconds(text)
+    if seconds < 1:
+        raise ValueError("expected a duration of at least 1s")
+    return seconds
 
 
 def parse_flag(text: str) -> bool:
@@ -180,6 +187,7 @@ class FetchConfig:
     processes: int = _one(
         -1, parse_processes, "processes that download (default: by the number of cores); 0: threads of the daemon", "N"
     )
+    read_timeout: float = _one(60.0, parse_deadline, "a read that gains no byte for so long fails with EIO", "SECONDS")
     trace_uri: str = _one("", str, "bucket prefix through which nodes share the order of loads", "s3://BUCKET/PREFIX/")
 
 
@@ -360,6 +368,8 @@ def read_toml(path: str) -> dict[str, Any]:
     Raises:
         ConfigError: The file is missing, is not TOML, or has an unknown key or a bad value; names the line.
     """
+    import tomllib  # noqa: PLC0415 - a start is imports, and most have no file
+
     try:
         text = Path(path).read_text(encoding="utf-8")
         raw = tomllib.loads(text)

@@ -1,13 +1,13 @@
 """The worker: builds every part, opens the one root nursery, talks to the supervisor.
 
-Started by ``modelfs.worker``. Order: open the store, list the sources, say ``prepared``, receive the kernel
-descriptor, serve. A restarted worker begins with the listing saved in the store, so that it answers even
-while the bucket is away, and refreshes afterwards.
+Started by ``modelfs.worker``. Order: open the store, list the sources, begin to download, say ``prepared``, receive
+the kernel descriptor, serve. What is not needed before the first download is imported after it. A restarted worker
+begins with the listing saved in the store, so that it answers even while the bucket is away, and refreshes
+afterwards.
 """
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import logging
 import os
@@ -15,16 +15,14 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lmdb
 import pyfuse3
 import trio
 
-from modelfs.admin import Admin, Answers
 from modelfs.chunks import ObjectInfo
 from modelfs.config import Config, Source, parse_source
-from modelfs.engine import Engine
 from modelfs.errors import ModelfsError, ObjectNotFoundError, OriginError
 from modelfs.eviction import Eviction
 from modelfs.fetch import Fetch, default_budget
@@ -38,13 +36,16 @@ from modelfs.loads import Load, Loads
 from modelfs.memory import Memory
 from modelfs.metrics import Metrics
 from modelfs.origins import Origin
-from modelfs.origins.remote import Processes, RemoteOrigin
 from modelfs.pages import Pages
 from modelfs.prefetch import Prefetch, model_files
 from modelfs.status import Status
 from modelfs.store import Store
 from modelfs.traces import Traces
 from modelfs.tree import Directory, Listing, Tree
+
+if TYPE_CHECKING:
+    from modelfs.admin import Admin
+    from modelfs.origins.remote import Processes
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Worker:
         runs: Most downloads at once.
     """
 
-    def __init__(self, channel: socket.socket, start: dict[str, Any], processes: Processes | None, runs: int) -> None:
+    def __init__(self, channel: socket.socket, start: dict[str, Any], processes: "Processes | None", runs: int) -> None:
         self._channel = channel
         self._runs = runs
         self._processes = processes
@@ -112,6 +113,7 @@ class Worker:
                 whole_files=prefetching,
                 on_changed=lambda info: self._refresh_wanted.set(),
                 max_runs=self._runs,
+                read_timeout=config.fetch.read_timeout,
             )
             self._pages = Pages(store=store, metrics=self._metrics, available=available_memory)
             self._loads = Loads()
@@ -130,11 +132,11 @@ class Worker:
     def _make_origin(self, bucket: str) -> Origin:
         config, count = self._config.origin, self._metrics.count_origin
         if self._processes is None:
-            # The SDK is a third of our imports.
-            origin: Origin = importlib.import_module("modelfs.origins.s3").S3Origin(
-                bucket=bucket, config=config, count=count
-            )
-            return origin
+            from modelfs.origins.s3 import S3Origin  # noqa: PLC0415 - the SDK is a third of our imports
+
+            return S3Origin(bucket=bucket, config=config, count=count)
+        from modelfs.origins.remote import RemoteOrigin  # noqa: PLC0415
+
         return RemoteOrigin(bucket=bucket, config=config, count=count, processes=self._processes)
 
     def _make_traces(self) -> Traces:
@@ -236,6 +238,18 @@ class Worker:
     # -- serving ------------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._stop_on_signal, nursery.cancel_scope)
+            await nursery.start(self._store.run)
+            await nursery.start(self._fetch.run)
+            await nursery.start(Eviction(store=self._store, on_room=self._fetch.poke).run)
+            await nursery.start(self._pages.run)
+            await nursery.start(self._prefetch.run)
+            await nursery.start(self._loads.run, self._keep_trace)
+            self._prefetch.start(self._view.tree)
+            await self._serve_kernel(nursery)
+
+    async def _serve_kernel(self, nursery: trio.Nursery) -> None:
         self._say({"prepared": True})
         connect, descriptors = await self._receive_connect()
         descriptor, table = descriptors
@@ -261,33 +275,31 @@ class Worker:
         )
         pyfuse3.init(namespace, front.namespace_path, set(pyfuse3.default_options))
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._stop_on_signal, nursery.cancel_scope)
-                await nursery.start(self._store.run)
-                await nursery.start(self._fetch.run)
-                await nursery.start(data_path.run)
-                eviction = Eviction(store=self._store, on_room=self._fetch.poke)
-                await nursery.start(eviction.run)
-                await nursery.start(self._pages.run)
-                await nursery.start(self._prefetch.run)
-                await nursery.start(self._loads.run, self._keep_trace)
+            async with trio.open_nursery() as inner:
+                await inner.start(data_path.run)
+                await inner.start(self._admin(lambda: dataclasses.replace(tuning, passthrough=front.passthrough)).run)
                 if self._config.daemon.engine_metrics:
-                    nursery.start_soon(Engine(url=self._config.daemon.engine_metrics, loads=self._loads).run)
-                await nursery.start(self._admin(lambda: dataclasses.replace(tuning, passthrough=front.passthrough)).run)
-                nursery.start_soon(self._run_namespace)
+                    inner.start_soon(self._watch_engine, self._config.daemon.engine_metrics)
+                inner.start_soon(self._run_namespace)
                 if self._start["mounted"] and connect["resend"]:
                     os.write(descriptor, protocol.resend_notification())
-                nursery.start_soon(self._run_front, front, nursery.cancel_scope)
-                self._prefetch.start(self._view.tree)
+                inner.start_soon(self._run_front, front, nursery.cancel_scope)
                 self._say({"serving": True})
                 log.info("serving %d files at %s", self._view.tree.file_count, self._config.mountpoint)
-                nursery.start_soon(self._keep_fresh)
-                nursery.start_soon(self._beat)
-                nursery.start_soon(self._store.recover)
+                inner.start_soon(self._keep_fresh)
+                inner.start_soon(self._beat)
+                inner.start_soon(self._store.recover)
         finally:
             pyfuse3.close(unmount=False)
 
-    def _admin(self, tuning: Callable[[], Tuning]) -> Admin:
+    async def _watch_engine(self, url: str) -> None:
+        from modelfs.engine import Engine  # noqa: PLC0415 - few need it
+
+        await Engine(url=url, loads=self._loads).run()
+
+    def _admin(self, tuning: Callable[[], Tuning]) -> "Admin":
+        from modelfs.admin import Admin, Answers  # noqa: PLC0415 - downloads have begun by now
+
         status = Status(
             config=self._config,
             tuning=tuning,
@@ -362,7 +374,7 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]
             yield error
 
 
-def serve(channel: socket.socket, start: dict[str, Any], processes: Processes | None, runs: int) -> int:
+def serve(channel: socket.socket, start: dict[str, Any], processes: "Processes | None", runs: int) -> int:
     """Be the worker on the supervisor's socket until the end; return the exit code. See ``Worker``."""
     worker = Worker(channel, start, processes, runs)
     try:

@@ -256,7 +256,7 @@ class DataPath:
         self._buffers = threading.local()
         self._token: trio.lowlevel.TrioToken | None = None
         self._nursery: trio.Nursery | None = None
-        self._warned = 0.0
+        self._warned: dict[type[ModelfsError], float] = {}
         self._tier_bytes = {tier: metrics.read_bytes.labels(tier=tier) for tier in ("memory", "store", "origin")}
         self._tier_reads = {tier: metrics.reads.labels(tier=tier) for tier in ("memory", "store", "origin")}
 
@@ -480,6 +480,7 @@ class DataPath:
         self._tier_reads[tier].inc()
 
     def _warn(self, error: ModelfsError) -> None:
-        if time.monotonic() - self._warned > _WARN_SECONDS:
-            self._warned = time.monotonic()
+        now = time.monotonic()
+        if now - self._warned.get(type(error), float("-inf")) > _WARN_SECONDS:
+            self._warned[type(error)] = now
             log.warning("a read failed: %s", error)

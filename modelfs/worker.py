@@ -20,7 +20,6 @@ from pathlib import Path
 from modelfs.config import Config
 from modelfs.logs import setup_logging
 from modelfs.memory import Memory
-from modelfs.origins.remote import Processes
 
 SWITCH_SECONDS = 0.001
 """How long one thread may keep the interpreter: the loop answers readers, it must not queue for 5 ms."""
@@ -57,6 +56,8 @@ def main() -> int:
     processes = None
     if count:
         levels = (config.daemon.log_level, config.daemon.log_format)
+        from modelfs.origins.remote import Processes  # noqa: PLC0415 - needed here alone, and a start is imports
+
         processes = Processes(memory=Memory.share(), count=count, calls=runs + _CALLS_BESIDES_RUNS, logging=levels)
     try:
         code: int = importlib.import_module("modelfs.daemon").serve(channel, start, processes, runs)

@@ -71,7 +71,7 @@ def test_every_option_can_be_written_in_toml(tmp_path):
         "endpoint_url": '"http://h"', "addressing": '"path"', "cache_size": '"10GiB"', "min_free": '"1%"', "uid": "7",
         "gid": "7", "umask": '"077"', "refresh": '"1m"', "max_memory": '"64MiB"', "prefetch": '"all"', "admin": '"off"',
         "log_level": '"debug"', "log_format": '"json"', "include": '["*.json", "*.gguf"]', "exclude": '["a"]',
-        "trace_uri": '"s3://bucket/traces/"', "processes": "2",
+        "trace_uri": '"s3://bucket/traces/"', "processes": "2", "read_timeout": '"20s"',
         "engine_metrics": '"http://127.0.0.1:8000/metrics"',
     }  # fmt: skip
     unset = '"x"'
@@ -125,6 +125,7 @@ def test_any_toml_text_gives_a_configuration_or_one_line(tmp_path_factory, text)
         ({"engine_metrics": "localhost:8000"}, "a URL such as"),
         ({"engine_metrics": "http://user:word@host/metrics"}, "a URL such as"),
         ({"processes": "17"}, "a number from 0 to 16"),
+        ({"read_timeout": "off"}, "at least 1s"),
         ({"endpoint_url": "localhost:9000"}, "not an http"),
         ({"admin": "localhost"}, "IP address and a port"),
         ({"uid": "root"}, "whole number"),

@@ -7,7 +7,7 @@ import trio
 
 from modelfs.chunks import CHUNK_BYTES, MIB, ByteRange, split
 from modelfs.config import Size, StoreConfig
-from modelfs.errors import ObjectChangedError, OriginError, ReadTimeoutError, TransientOriginError
+from modelfs.errors import AccessDeniedError, ObjectChangedError, OriginError, ReadTimeoutError, TransientOriginError
 from modelfs.eviction import Eviction
 from modelfs.fetch import HEDGE_SAMPLES, Fetch, PlanItem
 from modelfs.memory import Memory
@@ -21,7 +21,7 @@ BUDGET = 8 * CHUNK_BYTES
 class Engine:
     """A fetch engine with store and eviction on a fake origin."""
 
-    def __init__(self, path, nursery, *, limit=1 << 30, whole_files=False, max_runs=16):
+    def __init__(self, path, nursery, *, limit=1 << 30, whole_files=False, max_runs=16, read_timeout=60.0):
         self.metrics = Metrics()
         self.origin = FakeOrigin()
         self.changed = []
@@ -36,6 +36,7 @@ class Engine:
             whole_files=whole_files,
             on_changed=self.changed.append,
             max_runs=max_runs,
+            read_timeout=read_timeout,
         )
         self.eviction = Eviction(store=self.store, on_room=self.fetch.poke)
         self.nursery = nursery
@@ -191,6 +192,31 @@ async def test_downloads_that_fail_together_are_one_failure(engine):
     await made.settle()
     assert all(made.store.object(info).complete for info in objects)
     assert time.monotonic() - began < 3
+
+
+async def test_a_refused_plan_goes_on_when_access_is_given(engine):
+    made = await engine()
+    info = made.origin.put("k", some_bytes(CHUNK_BYTES))
+
+    def refuse(key, position):
+        if len(made.origin.requests) == 1:
+            raise AccessDeniedError("no")
+
+    made.origin.fault = refuse
+    made.fetch.submit([PlanItem(info, ByteRange(0, info.size))], 1)
+    await made.settle()
+    assert made.store.object(info).complete
+
+
+async def test_a_deleted_object_is_not_asked_for_again_and_reported(engine):
+    made = await engine()
+    info = made.origin.put("k", some_bytes(CHUNK_BYTES))
+    del made.origin.objects["k"]
+    made.fetch.submit([PlanItem(info, ByteRange(0, info.size))], 1)
+    await made.settle()
+    await trio.sleep(0.7)
+    assert len(made.origin.requests) == 1
+    assert made.changed == [info]
 
 
 async def test_what_demand_takes_from_a_planned_download_stays_planned(engine):
@@ -383,10 +409,9 @@ async def test_a_reader_on_its_way_finds_the_chunks_before_it_in_memory(engine):
     await made.settle()
 
 
-async def test_slow_is_not_silent(engine, monkeypatch):
+async def test_slow_is_not_silent(engine):
     """A reader of a chunk's end waits as long as bytes arrive at all."""
-    monkeypatch.setattr("modelfs.fetch.READ_DEADLINE_SECONDS", 0.5)
-    made = await engine()
+    made = await engine(read_timeout=0.5)
     data = some_bytes(CHUNK_BYTES)
     stored = made.store.object(made.origin.put("k", data))
     made.origin.fault = lambda key, position: time.sleep(0.2)
@@ -394,7 +419,7 @@ async def test_slow_is_not_silent(engine, monkeypatch):
     silent = made.store.object(made.origin.put("silent", data))
     gate = threading.Event()
     made.origin.fault = lambda key, position: gate.wait(20) and None
-    with pytest.raises(ReadTimeoutError, match="no byte of silent"):
+    with pytest.raises(ReadTimeoutError, match="no progress on silent"):
         await made.read(silent, ByteRange(0, 10))
     gate.set()
 

@@ -41,6 +41,15 @@ def locate(path: str) -> tuple[Mount, str]:
 
 
 def ask(mount: Mount, method: str, target: str, body: object = None) -> tuple[int, dict[str, Any]]:
+    """Send one request to the mount's daemon; return HTTP status and answer, which is JSON; see ``request``."""
+    code, answer = request(mount, method, target, body)
+    try:
+        return code, json.loads(answer)
+    except ValueError as error:
+        raise DaemonUnreachableError(f"the daemon of {mount.mountpoint} gives no answer", "see its log") from error
+
+
+def request(mount: Mount, method: str, target: str, body: object = None) -> tuple[int, bytes]:
     """Send one request to the mount's daemon; return HTTP status and answer.
 
     Raises:
@@ -51,12 +60,12 @@ def ask(mount: Mount, method: str, target: str, body: object = None) -> tuple[in
     try:
         connection.request(method, target, json.dumps(body) if body is not None else None)
         response = connection.getresponse()
-        return response.status, json.loads(response.read())
+        return response.status, response.read()
     except PermissionError:
         raise AccessDeniedError(
             f"the daemon of {mount.mountpoint} belongs to another user", "run as that user or root"
         ) from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise DaemonUnreachableError(
             f"the daemon of {mount.mountpoint} does not answer ({error})", "see its log"
         ) from error

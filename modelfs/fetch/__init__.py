@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 import trio
 
 from modelfs.chunks import CHUNK_BYTES, MIB, ByteRange, ObjectInfo
-from modelfs.errors import ObjectChangedError, OriginError, ReadTimeoutError
+from modelfs.errors import ObjectChangedError, ObjectNotFoundError, OriginError, ReadTimeoutError
 from modelfs.fetch.pace import INTERVAL_SECONDS, Pace
 from modelfs.fetch.planner import MAX_RUN_CHUNKS, Planner
 from modelfs.fetch.runs import (
@@ -44,10 +44,8 @@ __all__ = ["HEDGE_SAMPLES", "Fetch", "PlanItem", "default_budget"]
 
 log = logging.getLogger(__name__)
 
-STALL_SECONDS = 10.0
-"""A run that gained no slice for so long is broken off and resumed on another connection."""
-READ_DEADLINE_SECONDS = 60.0
-"""Longest wait of a reader without progress."""
+STALL_SECONDS, STALL_BYTES = 10.0, 64 * 1024
+"""A run that gained less in so long is broken off and resumed on another connection; to a reader it is no progress."""
 HEDGE_FACTOR = 3.0
 """A reader whose download has no first byte after so many times the 95th percentile gets a second one beside it."""
 HEDGE_SAMPLES = 32
@@ -56,6 +54,8 @@ HEDGE_SHARE = 0.03
 """Most bytes asked for twice, of all received."""
 WRITERS = 4
 """Chunks written at once: with two, sixteen readers at once nearly always had chunks served and not kept."""
+_AGAIN_SECONDS = 1.0
+"""The kernel asks once more for a page whose read failed: what just ran into its deadline does not wait for another."""
 _RETRY_SECONDS = 0.5
 
 
@@ -69,8 +69,9 @@ class Fetch:
         budget_bytes: Memory for buffers.
         memory: Where they lie.
         whole_files: Whether a read makes the rest of its file wanted (prefetch is on).
-        on_changed: Called with the object that turned out to have another version.
+        on_changed: Called with an object that turned out to have another version, or to be gone.
         max_runs: Downloads at once.
+        read_timeout: Longest wait of a reader without progress, in seconds.
     """
 
     def __init__(
@@ -84,8 +85,10 @@ class Fetch:
         whole_files: bool,
         on_changed: Callable[[ObjectInfo], None],
         max_runs: int,
+        read_timeout: float,
     ) -> None:
         self._store = store
+        self._read_timeout = read_timeout
         self._origins = origins
         self._metrics = metrics
         self._pool = Pool(budget_bytes, memory, metrics)
@@ -112,6 +115,7 @@ class Fetch:
         self._ended_runs_bytes = 0
         self._run_limiter = trio.CapacityLimiter(max_runs)
         self._progressed = trio.Event()
+        self._silent: dict[tuple[int, int], float] = {}
         self._nursery: trio.Nursery | None = None
         self.closing = False
         self.received_bytes = 0
@@ -133,7 +137,10 @@ class Fetch:
             ReadTimeoutError: No progress before the deadline.
         """
         key = (stored.info.number, index)
-        deadline = trio.current_time() + READ_DEADLINE_SECONDS
+        now = trio.current_time()
+        deadline = now + (
+            self._read_timeout if now > self._silent.pop(key, float("-inf")) + _AGAIN_SECONDS else _AGAIN_SECONDS
+        )
         needed = span.stop - index * CHUNK_BYTES
         reached = 0
         while True:
@@ -141,8 +148,8 @@ class Fetch:
             if view is not None or index in stored.chunks:
                 return view
             active = self._active.get(key)
-            if active is not None and active.filled > reached:
-                reached, deadline = active.filled, trio.current_time() + READ_DEADLINE_SECONDS
+            if active is not None and active.filled >= reached + STALL_BYTES:
+                reached, deadline = active.filled, trio.current_time() + self._read_timeout
             waiter = Waiter(needed)
             self._wait_for(stored, index, waiter)
             with trio.move_on_at(deadline) as scope:
@@ -156,11 +163,12 @@ class Fetch:
                 await trio.sleep(_RETRY_SECONDS)
             elif scope.cancelled_caught:
                 active = self._active.get(key)
-                if active is not None and active.filled > reached:
+                if active is not None and active.filled >= reached + STALL_BYTES:
                     continue  # slow, but not silent
+                self._silent[key] = trio.current_time()
                 raise ReadTimeoutError(
-                    f"no byte of {stored.info.id.key} arrived for {READ_DEADLINE_SECONDS:.0f} s",
-                    "check the network and the store",
+                    f"no progress on {stored.info.id.key} for {self._read_timeout:.0f} s",
+                    "check the network and the store, or raise --read-timeout",
                 )
 
     def peek(self, stored: StoredObject, index: int, span: ByteRange) -> memoryview | None:
@@ -417,19 +425,17 @@ class Fetch:
             self._work.set()
 
     def _run_failed(self, run: Run, sink: "RunSink", error: OriginError) -> None:
-        if isinstance(error, ObjectChangedError):
+        if isinstance(error, ObjectChangedError | ObjectNotFoundError):
             self._on_changed(run.stored.info)
             self._planner.drop(run)
         current = sink.current
         if current is not None and (current.lost or (run.hedges is not None and not current.waiters)):
             return  # the other download of the chunk is still there
-        for waiter in current.waiters if current is not None else ():
+        waiters = current.waiters if current is not None else []
+        for waiter in waiters:
             waiter.error = error
-        if not error.retryable and not (current is not None and current.waiters):
+        if not waiters and self._planner.pause() and not error.retryable:
             log.warning("cannot download: %s", error)
-            self._planner.drop(run)
-        if not (current is not None and current.waiters):
-            self._planner.pause()
 
     def _abandon(self, active: Active) -> None:
         """Take back an unfinished chunk; its waiters look again and find the failure or ask anew."""
@@ -575,11 +581,11 @@ class Fetch:
             await trio.sleep(1)
             now = time.monotonic()
             for run in list(self._runs):
-                if run.progress != run.seen or run.waiting_for_buffer:
+                if run.progress >= run.seen + STALL_BYTES or run.waiting_for_buffer:
                     run.seen, run.seen_at = run.progress, now
                 elif now - run.seen_at > STALL_SECONDS and run.abort is not None:
                     log.warning("no progress on %s for %.0f s: reconnecting", run.stored.info.id.key, STALL_SECONDS)
-                    run.seen_at = now
+                    run.seen, run.seen_at = run.progress, now
                     with contextlib.suppress(OSError, ValueError):
                         run.abort()
             self._work.set()  # a pause may be over, of the plan or of a reader

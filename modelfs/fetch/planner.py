@@ -138,12 +138,17 @@ class Planner:
 
     # -- failures -----------------------------------------------------------------------------------
 
-    def pause(self) -> None:
-        """Pause, longer each time; downloads that fail together, as those of one process, are one failure."""
+    def pause(self) -> bool:
+        """Pause after a failure, longer each time; return whether a pause has begun.
+
+        Downloads that fail together, as those of one process, are one failure.
+        """
         now = time.monotonic()
-        if now >= self._resume:
-            self._resume = now + _BACKOFF_SECONDS[min(self._failures, len(_BACKOFF_SECONDS) - 1)]
-            self._failures += 1
+        if now < self._resume:
+            return False
+        self._resume = now + _BACKOFF_SECONDS[min(self._failures, len(_BACKOFF_SECONDS) - 1)]
+        self._failures += 1
+        return True
 
     def note_success(self) -> None:
         """Begin with the shortest pause again."""

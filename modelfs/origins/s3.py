@@ -353,7 +353,7 @@ class S3Origin:
                 f"access to bucket '{self._bucket}' {at} was denied ({code})",
                 "check the credentials and the bucket's policy",
             )
-        if status >= 500 or code in {"RequestTimeout", "InternalError"}:
+        if status >= 500 or status == 307 or code in {"RequestTimeout", "InternalError"}:
             return TransientOriginError(f"the store failed with {code or status} for {where}")
         return OriginError(
             f"the store refused {where} ({code or status})", "check --endpoint-url, --region and addressing"

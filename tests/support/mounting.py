@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from modelfs.cli.client import status_of
+from modelfs.cli.client import request, status_of
 from modelfs.cli.embedded import ObjectStore
 from modelfs.fuse.supervisor import unmount
 from modelfs.fuse.tuning import Mount, mount_at
@@ -80,6 +80,11 @@ class Mounted:
 
     def status(self) -> dict[str, Any]:
         return status_of(self.mount)
+
+    def metrics(self) -> dict[str, float]:
+        """Sample (name with labels) to value."""
+        lines = request(self.mount, "GET", "/metrics")[1].decode().splitlines()
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
 
     def worker_pid(self) -> int:
         assert self._process is not None

@@ -9,7 +9,7 @@ export MODELFS_MINISTACK := $(CURDIR)/.venv-ministack/bin/ministack
 BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev pkg-config libfuse3-dev fuse3
 TEST_PACKAGES := radosgw ceph-osd ceph-mon ceph-common util-linux procps openssl
 
-.PHONY: help setup servers demo test check format bench bench-ttft bench-replay bench-ceiling test-engines clean
+.PHONY: help setup servers demo test nightly check format bench bench-ttft bench-replay bench-ceiling test-engines clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 16
@@ -39,7 +39,10 @@ demo: .venv/.ready .venv-ministack/.ready ## mount a model from an embedded obje
 	@.venv/bin/modelfs demo
 
 test: .venv/.ready servers ## run the tests (real mounts, real S3 servers on loopback)
-	@.venv/bin/pytest -m "not engines"
+	@.venv/bin/pytest -m "not engines and not nightly"
+
+nightly: .venv/.ready servers ## the tests that take minutes: 200 kills under load, the watchdog
+	@.venv/bin/pytest -m nightly -s
 
 check: .venv/.ready ## formatting, lint, types, layers
 	@.venv/bin/ruff format --check --quiet .

@@ -1,0 +1,88 @@
+"""Processes and machines that stop in the middle: no wrong byte, no dead mount, and what was lost comes again."""
+
+import os
+import random
+import shutil
+import signal
+import statistics
+import threading
+import time
+
+import pytest
+
+from modelfs.chunks import CHUNK_BYTES, MIB
+from tests.support.differential import CAP_MIB, SIZES, Killer, compare, file_bytes
+from tests.support.mounting import Mounted, run
+from tests.support.slow_proxy import slow_proxy
+
+WATCHDOG_SECONDS = 30
+
+
+def test_the_mount_outlives_its_supervisor(bucket, mounted):
+    data = bucket.put("m/model.bin", random.Random(1).randbytes(2 * CHUNK_BYTES))
+    mount = mounted(bucket, "--prefetch", "off", prefix="m/")
+    mount._process.kill()
+    mount._process.wait()
+    assert (mount.path / "model.bin").read_bytes() == data
+    assert run("umount", str(mount.path)).returncode == 0
+    assert not mount.path.is_mount()
+
+
+def test_a_cache_copied_in_the_middle_of_a_download_never_gives_a_wrong_byte(bucket, rgw_server, tmp_path):
+    """What a machine's crash leaves is no worse than files that were copied one after the other while written."""
+    data = bucket.put("m/model.safetensors", random.Random(2).randbytes(12 * CHUNK_BYTES + 9))
+    copies = []
+    with slow_proxy(rgw_server.port, 40 * MIB) as url:
+        (tmp_path / "first").mkdir()
+        with Mounted(bucket.store, [bucket.uri("m/")], tmp_path / "first", "--endpoint-url", url) as mount:
+            for number in range(4):
+                time.sleep(0.4)
+                copies.append(tmp_path / f"copy-{number}")
+                copies[-1].mkdir()
+                shutil.copytree(mount.cache, copies[-1] / "cache", ignore=shutil.ignore_patterns("*.sock", "lock"))
+    kept = []
+    for root in copies:
+        with Mounted(bucket.store, [bucket.uri("m/")], root, "--prefetch", "off") as mount:
+            kept.append(mount.status()["cache"]["resident_bytes"])
+            assert (mount.path / "model.safetensors").read_bytes() == data
+            with (mount.path / "model.safetensors").open("rb") as file:
+                assert file.read() == data
+            assert "Traceback" not in mount.log
+    assert any(kept), "none of the copies held a chunk: they show nothing"
+
+
+@pytest.mark.nightly
+def test_a_stopped_worker_is_replaced_by_the_watchdog(bucket, mounted):
+    data = bucket.put("m/model.bin", random.Random(3).randbytes(4 * CHUNK_BYTES))
+    mount = mounted(bucket, "--prefetch", "off", prefix="m/")
+    found = []
+    os.kill(mount.worker_pid(), signal.SIGSTOP)
+    began = time.monotonic()
+    reader = threading.Thread(target=lambda: found.append((mount.path / "model.bin").read_bytes()))
+    reader.start()
+    reader.join(WATCHDOG_SECONDS + 15)
+    assert found == [data]
+    assert WATCHDOG_SECONDS - 5 < time.monotonic() - began < WATCHDOG_SECONDS + 10
+    assert "no sign of life" in mount.log
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1500)
+def test_two_hundred_kills_under_load(bucket, mounted, capsys):
+    for number in range(len(SIZES)):
+        bucket.put(f"p/f{number}", file_bytes(number))
+    options = ["--cache-size", f"{CAP_MIB}MiB", "--min-free", "1MiB", "--max-memory", "32MiB", "--prefetch", "off"]
+    mount = mounted(bucket, *options, prefix="p/")
+    killer = Killer(mount, 200)
+    killer.thread.start()
+    outcome = compare(mount.path, 0, go_on=killer.thread.is_alive)
+    killer.thread.join()
+    with capsys.disabled():
+        print(
+            f"\n{len(killer.waits)} kills, {outcome.reads} reads, {outcome.bytes / 1e9:.1f} GB compared; from the kill "
+            f"to the next answered read: median {statistics.median(killer.waits):.2f} s, most {max(killer.waits):.2f} s"
+        )
+    assert len(killer.waits) == 200
+    assert not killer.errors
+    assert not outcome.errors
+    assert not outcome.wrong

@@ -242,7 +242,6 @@ class Worker:
             nursery.start_soon(self._stop_on_signal, nursery.cancel_scope)
             await nursery.start(self._store.run)
             await nursery.start(self._fetch.run)
-            await nursery.start(Eviction(store=self._store, on_room=self._fetch.poke).run)
             await nursery.start(self._pages.run)
             await nursery.start(self._prefetch.run)
             await nursery.start(self._loads.run, self._keep_trace)
@@ -266,6 +265,9 @@ class Worker:
         front = Front(
             descriptor=descriptor, opens=opens, handler=data_path, metrics=self._metrics, passthrough=tuning.passthrough
         )
+        front.restore()
+        # Not before it is known what a kernel reads that was served by the worker before us.
+        await nursery.start(Eviction(store=self._store, on_room=self._fetch.poke).run)
         namespace = Namespace(
             view=self._view,
             config=self._config.tree,

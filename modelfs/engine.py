@@ -66,12 +66,14 @@ class Engine:
             if load is None or load.first_token or time.monotonic() - load.began > GIVE_UP_SECONDS:
                 continue
             now = await trio.to_thread.run_sync(self._ask, abandon_on_cancel=True)
+            if now is None:
+                continue
             if now > before and load is watched:
                 load.first_token = time.monotonic()
             before, watched = now, load  # what an engine had generated before this load is not its first token
 
-    def _ask(self) -> float:
-        """Return the engine's count; 0 while it does not answer, as when it has not started."""
+    def _ask(self) -> float | None:
+        """Return the engine's count: 0 while it has not started, ``None`` if it cannot be had now."""
         try:
             until, page = time.monotonic() + _TIMEOUT_SECONDS, b""
             with _opener.open(self._url, timeout=_TIMEOUT_SECONDS) as answer:
@@ -80,4 +82,4 @@ class Engine:
             return tokens(page)
         except (OSError, HTTPException, ValueError) as error:
             log.debug("the engine's metrics cannot be read: %s", error)
-            return 0.0
+            return 0.0 if isinstance(getattr(error, "reason", error), ConnectionRefusedError) else None

@@ -274,10 +274,12 @@ class DataPath:
 
     def open(self, inode: int, *, direct: bool) -> None:
         """See ``Handler.open``."""
+        if inode not in self._view.open:
+            self._open_first(inode)
         if direct:
             self._prefetch.skip_pages()
-        if inode in self._view.open:
-            return
+
+    def _open_first(self, inode: int) -> None:
         info = self._view.info(inode) or self._store.known_object(inode)
         if info is None:
             raise ObjectChangedError(f"inode {inode} is no longer in the listing", "open the path again")

@@ -145,6 +145,7 @@ class Prefetch:
         self._pages = pages
         self._traces = traces
         self._touched: dict[int, float] = {}
+        self._models_touched: dict[int, float] = {}
         self._models_wanted: set[int] = set()
         self._send, self._receive = trio.open_memory_channel[Directory](1000)
 
@@ -156,6 +157,7 @@ class Prefetch:
     def start(self, tree: Tree) -> None:
         """Begin what the mode asks for at mount, or after the listing changed."""
         self._touched.clear()
+        self._models_touched.clear()
         self._models_wanted.clear()
         if self._mode == "off":
             return
@@ -198,9 +200,10 @@ class Prefetch:
         model = model_of(directory)
         if model is None:
             return
+        last, self._models_touched[model.inode] = self._models_touched.get(model.inode, float("-inf")), now
         if model.inode not in self._models_wanted:
             self.want(model)
-        else:
+        elif now - last >= PAUSE_SECONDS:  # a model's parts are directories that are touched one after the other
             self._pages.want(self._store.object(file.info) for file in model_files(model))
 
     def skip_pages(self) -> None:

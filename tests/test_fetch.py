@@ -208,6 +208,23 @@ async def test_a_refused_plan_goes_on_when_access_is_given(engine):
     assert made.store.object(info).complete
 
 
+async def test_what_cannot_be_had_does_not_hold_up_the_rest_of_the_plan(engine):
+    made = await engine(max_runs=4)
+    bad = [made.origin.put(f"bad{number}", some_bytes(CHUNK_BYTES, number)) for number in range(3)]
+    good = made.origin.put("good", some_bytes(CHUNK_BYTES))
+
+    def refuse(key, position):
+        if key.startswith("bad"):
+            raise AccessDeniedError("no")
+
+    made.origin.fault = refuse
+    made.fetch.submit([PlanItem(info, ByteRange(0, info.size)) for info in [*bad, good]], 1)
+    with trio.fail_after(5):
+        while not made.store.object(good).complete:
+            await trio.sleep(0.05)
+    assert len(made.origin.requests) <= 4
+
+
 async def test_a_deleted_object_is_not_asked_for_again_and_reported(engine):
     made = await engine()
     info = made.origin.put("k", some_bytes(CHUNK_BYTES))
@@ -422,6 +439,25 @@ async def test_slow_is_not_silent(engine):
     with pytest.raises(ReadTimeoutError, match="no progress on silent"):
         await made.read(silent, ByteRange(0, 10))
     gate.set()
+
+
+async def test_a_read_that_ran_into_its_deadline_does_not_wait_for_another(engine):
+    """The kernel asks twice for a page that cannot be read."""
+    made = await engine(read_timeout=3.0)
+    stored = made.store.object(made.origin.put("k", some_bytes(CHUNK_BYTES)))
+    gate = threading.Event()
+    made.origin.fault = lambda key, position: position >= MIB and gate.wait(20) and None
+    span = ByteRange(2 * MIB, 2 * MIB + 10)
+    with made.store.using(stored):
+        waits = []
+        for _ in range(3):
+            began = trio.current_time()
+            with pytest.raises(ReadTimeoutError):
+                await made.fetch.obtain(stored, 0, span)
+            waits.append(trio.current_time() - began)
+    gate.set()
+    assert 2.5 < waits[0] < 7
+    assert max(waits[1:]) < 1.5
 
 
 async def usual_downloads(made):

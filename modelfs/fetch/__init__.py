@@ -139,10 +139,11 @@ class Fetch:
         key = (stored.info.number, index)
         now = trio.current_time()
         deadline = now + (
-            self._read_timeout if now > self._silent.pop(key, float("-inf")) + _AGAIN_SECONDS else _AGAIN_SECONDS
+            self._read_timeout if now > self._silent.get(key, float("-inf")) + _AGAIN_SECONDS else _AGAIN_SECONDS
         )
         needed = span.stop - index * CHUNK_BYTES
-        reached = 0
+        active = self._active.get(key)
+        reached = active.filled if active is not None else 0
         while True:
             view = self.peek(stored, index, span)
             if view is not None or index in stored.chunks:
@@ -165,7 +166,9 @@ class Fetch:
                 active = self._active.get(key)
                 if active is not None and active.filled >= reached + STALL_BYTES:
                     continue  # slow, but not silent
-                self._silent[key] = trio.current_time()
+                now = trio.current_time()
+                self._silent = {one: since for one, since in self._silent.items() if now < since + _AGAIN_SECONDS}
+                self._silent[key] = now
                 raise ReadTimeoutError(
                     f"no progress on {stored.info.id.key} for {self._read_timeout:.0f} s",
                     "check the network and the store, or raise --read-timeout",
@@ -296,6 +299,8 @@ class Fetch:
             first = self._begin_chunk(run, run.start)
             if first is None:
                 self._disown(run, run.chunks)
+                if run.of_plan:
+                    self._planner.put_back(run, run.start)
                 if run.demand:
                     heapq.heappush(self._demand, (run.start, next(self._sequence), run.stored))
                 return
@@ -419,12 +424,13 @@ class Fetch:
             if sink.current is not None:
                 self._abandon(sink.current)
             self._disown(run, range(run.start, run.stop + MAX_RUN_CHUNKS))
-            if not (run.refused or run.dropped or self.closing):
+            if not (run.dropped or self.closing):
                 self._planner.put_back(run, sink.index)
             self._store.release(run.stored)
             self._work.set()
 
     def _run_failed(self, run: Run, sink: "RunSink", error: OriginError) -> None:
+        run.failed = True
         if isinstance(error, ObjectChangedError | ObjectNotFoundError):
             self._on_changed(run.stored.info)
             self._planner.drop(run)

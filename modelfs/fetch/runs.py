@@ -80,10 +80,10 @@ class Active:
 class Run:
     """One GET. ``stop`` may be lowered while it runs, when demand takes a later chunk out of it.
 
-    ``at`` is the chunk it has reached. Where there is no demand, ``since`` is the time (seconds since the
-    epoch) at which the download was asked for: what was used later is not evicted for it; and ``planned_stop`` is
-    where it was to end, unless the plan was dropped. A run that ``hedges`` downloads a chunk that another run is
-    late with.
+    ``at`` is the chunk it has reached. Where there is no demand, ``since`` is the time (seconds since the epoch) at
+    which the download was asked for: what was used later is not evicted for it; ``planned_stop`` is where it was to
+    end, unless the plan was ``dropped``; and ``of_plan`` tells it from one ahead of a reader. A run that ``hedges``
+    downloads a chunk that another run is late with.
     """
 
     stored: StoredObject
@@ -99,7 +99,9 @@ class Run:
     at: int = 0
     since: float = 0.0
     planned_stop: int = 0
+    of_plan: bool = False
     dropped: bool = False
+    failed: bool = False
     began: float = 0.0
     first_byte_at: float = 0.0
     hedged: bool = False

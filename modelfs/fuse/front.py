@@ -149,10 +149,13 @@ class Front:
         """Count an error reply."""
         self._metrics.fuse_errors.labels(op=op, errno=errno.errorcode.get(code, str(code))).inc()
 
-    async def run(self) -> None:
-        """Serve until the file system is unmounted or the connection aborted."""
+    def restore(self) -> None:
+        """Take over what was opened through a worker before this one; to be done before anything is evicted."""
         for inode in self._opens.inodes():
             self._restore(inode)
+
+    async def run(self) -> None:
+        """Serve until the file system is unmounted or the connection aborted."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._copy_namespace_replies)
             nursery.start_soon(self._drain_backlog)
@@ -160,7 +163,6 @@ class Front:
             nursery.cancel_scope.cancel()
 
     def _restore(self, inode: int) -> None:
-        """Take over an open made through a worker before this one."""
         try:
             self._handler.open(inode, direct=False)
             self._handler.opened(inode, "passthrough" if self._opens.get(inode).passed else "cached")

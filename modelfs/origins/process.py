@@ -123,6 +123,8 @@ class Server:
             result = None
         except ModelfsError as error:
             return self._last(FAILED, (type(error).__name__, error.what, error.mend))
+        except EOFError:
+            raise  # the other side is gone
         except Exception as error:
             log.exception("a call for bucket '%s' failed", bucket)
             return self._last(FAILED, (OriginError.__name__, f"reading bucket '{bucket}' failed ({error!r:.200})", ""))

@@ -444,7 +444,12 @@ def _receive_records(sock: socket.socket, space: memoryview) -> int:
     """Fill ``space`` from a TLS connection, or as much as comes before it is time to show progress."""
     until, count = time.monotonic() + _RECEIVE_SECONDS, 0
     while count < len(space) and time.monotonic() < until:
-        received = sock.recv_into(space[count:])
+        try:
+            received = sock.recv_into(space[count:])
+        except OSError:
+            if not count:
+                raise
+            break  # what there is counts; the next call meets the failure again
         if not received:
             break
         count += received

@@ -51,6 +51,24 @@ def test_a_cache_copied_in_the_middle_of_a_download_never_gives_a_wrong_byte(buc
     assert any(kept), "none of the copies held a chunk: they show nothing"
 
 
+def test_a_restarted_worker_evicts_nothing_that_is_open(bucket, mounted):
+    """The kernel reads a complete file without us: punching it would give zeros."""
+    data = bucket.put("a/model.safetensors", random.Random(5).randbytes(4 * CHUNK_BYTES))
+    bucket.put("b/model.safetensors", random.Random(6).randbytes(24 * CHUNK_BYTES))
+    mount = mounted(
+        bucket, "--cache-size", "160MiB", "--min-free", "1MiB", "--max-memory", "32MiB", "--prefetch", "all"
+    )
+    mount.wait_complete("a")
+    with (mount.path / "a/model.safetensors").open("rb", buffering=0) as file:
+        files = mount.status()["sources"][0]["files"]
+        assert [one.get("in_use") for one in files if one["path"].startswith("a/")] == ["passthrough"]
+        for _ in range(2):
+            mount.kill_worker()
+            assert run("wait", str(mount.path), "--timeout", "20s").returncode == 0
+            time.sleep(4)  # longer than the eviction's interval
+            assert os.pread(file.fileno(), len(data), 0) == data
+
+
 @pytest.mark.nightly
 def test_a_stopped_worker_is_replaced_by_the_watchdog(bucket, mounted):
     data = bucket.put("m/model.bin", random.Random(3).randbytes(4 * CHUNK_BYTES))

@@ -135,7 +135,7 @@ class Worker:
             from modelfs.origins.s3 import S3Origin  # noqa: PLC0415 - the SDK is a third of our imports
 
             return S3Origin(bucket=bucket, config=config, count=count)
-        from modelfs.origins.remote import RemoteOrigin  # noqa: PLC0415
+        from modelfs.origins.remote import RemoteOrigin  # noqa: PLC0415 - needed with processes alone
 
         return RemoteOrigin(bucket=bucket, config=config, count=count, processes=self._processes)
 

@@ -1,5 +1,3 @@
-import http.server
-import threading
 import time
 
 import pytest
@@ -10,6 +8,7 @@ from modelfs.config import TreeConfig
 from modelfs.engine import LOOK_SECONDS, Engine, tokens
 from modelfs.loads import Loads
 from modelfs.tree import Listing, Tree
+from tests.support.served import Quiet, served
 
 VLLM = b"""# HELP vllm:generation_tokens_total Number of generation tokens processed.
 # TYPE vllm:generation_tokens_total counter
@@ -34,55 +33,42 @@ def test_tokens(page, count):
     assert tokens(page) == count
 
 
-class Page(http.server.BaseHTTPRequestHandler):
+class Page(Quiet):
     count = 0
 
-    def do_GET(self):
-        body = VLLM % type(self).count
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
+    def respond(self):
+        self.answer(VLLM % type(self).count)
 
 
 async def test_first_token_is_noted_when_the_count_grows():
     objects = (ObjectInfo(ObjectId("s3://b", "a.safetensors", "v"), 10, 0),)
     file = Tree([Listing("", "", objects)], TreeConfig()).find("a.safetensors")
     loads = Loads()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(Engine(url=f"http://127.0.0.1:{server.server_port}/metrics", loads=loads).run)
-                loads.opened(file, "cached")
-                (load,) = loads.recent
-                await trio.sleep(3 * LOOK_SECONDS)
-                assert not load.first_token
-                Page.count = 1
-                began = time.monotonic()
-                with trio.fail_after(10):
-                    while not load.first_token:
-                        await trio.sleep(0.05)
-                assert began <= load.first_token <= began + 5
-                assert load.document(load.began)["first_token_seconds"] > LOOK_SECONDS
-                Page.count = 5000
-                load.last -= 100
-                loads.opened(file, "cached")
-                _, second = loads.recent
-                await trio.sleep(3 * LOOK_SECONDS)
-                assert not second.first_token, "what had been generated before is not this load's"
-                Page.count = 5001
-                with trio.fail_after(10):
-                    while not second.first_token:
-                        await trio.sleep(0.05)
-                nursery.cancel_scope.cancel()
-        finally:
-            server.shutdown()
-            thread.join()
+    with served(Page) as url:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(Engine(url=f"{url}/metrics", loads=loads).run)
+            loads.opened(file, "cached")
+            (load,) = loads.recent
+            await trio.sleep(3 * LOOK_SECONDS)
+            assert not load.first_token
+            Page.count = 1
+            began = time.monotonic()
+            with trio.fail_after(10):
+                while not load.first_token:
+                    await trio.sleep(0.05)
+            assert began <= load.first_token <= began + 5
+            assert load.document(load.began)["first_token_seconds"] > LOOK_SECONDS
+            Page.count = 5000
+            load.last -= 100
+            loads.opened(file, "cached")
+            _, second = loads.recent
+            await trio.sleep(3 * LOOK_SECONDS)
+            assert not second.first_token, "what had been generated before is not this load's"
+            Page.count = 5001
+            with trio.fail_after(10):
+                while not second.first_token:
+                    await trio.sleep(0.05)
+            nursery.cancel_scope.cancel()
 
 
 async def test_an_engine_that_is_not_there_yet_is_no_failure(autojump_clock):

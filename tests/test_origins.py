@@ -1,10 +1,7 @@
 """What every origin must do, on real servers and on the fake one."""
 
-import contextlib
-import http.server
 import random
 import re
-import ssl
 import threading
 import time
 from typing import ClassVar
@@ -26,6 +23,7 @@ from modelfs.errors import (
 from modelfs.metrics import Metrics
 from modelfs.origins.s3 import S3Origin
 from tests.support.certificate import make_certificate
+from tests.support.served import Quiet, served
 
 
 class Collect:
@@ -169,38 +167,20 @@ def test_reads_renew_refused_credentials_too(setting, any_store, monkeypatch, re
     assert bytes(sink.data) == b"data"
 
 
-@contextlib.contextmanager
-def served(handler, certificate=None):
-    """Run an HTTP server; give its URL."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.handle_error = lambda *_: None  # the client closes first
-        if certificate is not None:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(certificate)
-            server.socket = context.wrap_socket(server.socket, server_side=True)
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http{'s' if certificate else ''}://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
 @pytest.fixture
 def some_credentials(monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
 
 
-class SteadyStore(http.server.BaseHTTPRequestHandler):
+class SteadyStore(Quiet):
     """Answers a range at some 80 MB/s."""
 
     protocol_version = "HTTP/1.1"
     body = random.Random(6).randbytes(8 * MIB)
     ranges: ClassVar[list[tuple[int, int]]] = []
 
-    def do_GET(self):
+    def respond(self):
         start, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"]).groups())
         self.ranges.append((start, last + 1))
         self.send_response(206)
@@ -211,9 +191,6 @@ class SteadyStore(http.server.BaseHTTPRequestHandler):
         for position in range(start, last + 1, 80_000):
             self.wfile.write(self.body[position : min(position + 80_000, last + 1)])
             time.sleep(0.001)
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.mark.parametrize("tls", [False, True])
@@ -251,13 +228,13 @@ def test_a_broken_off_body_goes_on_with_the_right_byte(tls, some_credentials, mo
         sink.abort()
 
 
-class ChunkedStore(http.server.BaseHTTPRequestHandler):
+class ChunkedStore(Quiet):
     """Answers a range with a chunked body, as some proxies do."""
 
     protocol_version = "HTTP/1.1"
     body = random.Random(5).randbytes(3 * MIB)
 
-    def do_GET(self):
+    def respond(self):
         self.send_response(206)
         self.send_header("ETag", '"v"')
         self.send_header("Content-Range", f"bytes 0-{len(self.body) - 1}/{len(self.body)}")
@@ -267,9 +244,6 @@ class ChunkedStore(http.server.BaseHTTPRequestHandler):
             piece = self.body[start : start + 100_000]
             self.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
         self.wfile.write(b"0\r\n\r\n")
-
-    def log_message(self, *_):
-        pass
 
 
 def test_chunked_body_is_read_without_its_framing(some_credentials):
@@ -282,18 +256,11 @@ def test_chunked_body_is_read_without_its_framing(some_credentials):
             assert sink.data == ChunkedStore.body
 
 
-class BrokenListing(http.server.BaseHTTPRequestHandler):
+class BrokenListing(Quiet):
     """Says that there is more and not where."""
 
-    def do_GET(self):
-        body = b"<ListBucketResult><IsTruncated>true</IsTruncated></ListBucketResult>"
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
+    def respond(self):
+        self.answer(b"<ListBucketResult><IsTruncated>true</IsTruncated></ListBucketResult>")
 
 
 def test_a_listing_that_breaks_off_is_an_error(some_credentials):

@@ -424,8 +424,7 @@ class Fetch:
             if sink.current is not None:
                 self._abandon(sink.current)
             self._disown(run, range(run.start, run.stop + MAX_RUN_CHUNKS))
-            if not (run.dropped or self.closing):
-                self._planner.put_back(run, sink.index)
+            self._planner.put_back(run, sink.index)
             self._store.release(run.stored)
             self._work.set()
 

@@ -128,10 +128,10 @@ class Planner:
         Demand took its place, there was no room, or it failed; then it comes after everything else, which may well
         succeed. A chunk that had arrived has had its turn, evicted since or not.
         """
-        left = [at for at in range(index, run.planned_stop) if self._wanted(run.stored, at)]
         info = run.stored.info
         if not run.of_plan and (not self._whole_files or (run.failed and info.number in self._readers)):
             return  # a reader that is still there asks for it by itself
+        left = [at for at in range(index, run.planned_stop) if self._wanted(run.stored, at)]
         if left:
             span = ByteRange(info.chunk_range(left[0]).start, info.chunk_range(left[-1]).stop)
             self._push(_LAST if run.failed else _FIRST, _Planned(PlanItem(info, span), left[0], run.since))
@@ -139,7 +139,7 @@ class Planner:
     def drop(self, run: Run) -> None:
         """Download nothing more ahead of readers of this run's object."""
         number = run.stored.info.number
-        run.dropped = True
+        run.planned_stop = 0
         self._readers.pop(number, None)
         self._plan = [entry for entry in self._plan if entry[2].item.info.number != number]
         heapq.heapify(self._plan)

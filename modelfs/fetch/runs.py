@@ -82,8 +82,8 @@ class Run:
 
     ``at`` is the chunk it has reached. Where there is no demand, ``since`` is the time (seconds since the epoch) at
     which the download was asked for: what was used later is not evicted for it; ``planned_stop`` is where it was to
-    end, unless the plan was ``dropped``; and ``of_plan`` tells it from one ahead of a reader. A run that ``hedges``
-    downloads a chunk that another run is late with.
+    end, 0 if nothing of it is planned (any more); and ``of_plan`` tells it from one ahead of a reader. A run that
+    ``hedges`` downloads a chunk that another run is late with.
     """
 
     stored: StoredObject
@@ -100,7 +100,6 @@ class Run:
     since: float = 0.0
     planned_stop: int = 0
     of_plan: bool = False
-    dropped: bool = False
     failed: bool = False
     began: float = 0.0
     first_byte_at: float = 0.0

@@ -176,56 +176,42 @@ def refuse(status: int, code: str) -> Fault:
     return fault
 
 
-def reset(after: int) -> Fault:
-    """The connection is reset after so many bytes of the body."""
+def _after(count: int, then: Callable[[Exchange, http.client.HTTPResponse], None]) -> Fault:
+    """The real head and so many bytes of the body, then something else, and the end of the connection."""
 
     def fault(exchange: Exchange) -> None:
         with exchange.answer() as answer:
             exchange.real_head(answer)
-            exchange.copy(answer, after)
-        _reset(exchange.client)
+            exchange.copy(answer, count)
+            then(exchange, answer)
         raise ClosedError
 
     return fault
+
+
+def reset(after: int) -> Fault:
+    """The connection is reset after so many bytes of the body."""
+    return _after(after, lambda exchange, answer: _reset(exchange.client))
 
 
 def cut(after: int) -> Fault:
     """The body ends early, in good order."""
-
-    def fault(exchange: Exchange) -> None:
-        with exchange.answer() as answer:
-            exchange.real_head(answer)
-            exchange.copy(answer, after)
-        raise ClosedError
-
-    return fault
+    return _after(after, lambda exchange, answer: None)
 
 
 def trickle(after: int) -> Fault:
     """From there on a byte per second."""
 
-    def fault(exchange: Exchange) -> None:
-        with exchange.answer() as answer:
-            exchange.real_head(answer)
-            exchange.copy(answer, after)
-            while not exchange.front.stopping.wait(1) and (piece := answer.read(1)):
-                exchange.client.sendall(piece)
-        raise ClosedError
+    def then(exchange: Exchange, answer: http.client.HTTPResponse) -> None:
+        while not exchange.front.stopping.wait(1) and (piece := answer.read(1)):
+            exchange.client.sendall(piece)
 
-    return fault
+    return _after(after, then)
 
 
 def hang(after: int) -> Fault:
     """Silence after the head and so many bytes."""
-
-    def fault(exchange: Exchange) -> None:
-        with exchange.answer() as answer:
-            exchange.real_head(answer)
-            exchange.copy(answer, after)
-            exchange.front.stopping.wait()
-        raise ClosedError
-
-    return fault
+    return _after(after, lambda exchange, answer: exchange.front.stopping.wait() and None)
 
 
 def swallow(exchange: Exchange) -> None:

@@ -460,6 +460,22 @@ async def test_a_read_that_ran_into_its_deadline_does_not_wait_for_another(engin
     assert max(waits[1:]) < 1.5
 
 
+async def test_a_read_that_fails_again_and_again_ends_with_its_deadline_and_says_why(engine):
+    made = await engine(read_timeout=2.0)
+    stored = made.store.object(made.origin.put("k", some_bytes(CHUNK_BYTES)))
+
+    def refuse(key, position):
+        raise TransientOriginError("the store is beside itself")
+
+    made.origin.fault = refuse
+    with made.store.using(stored):
+        for longest in (3.0, 1.5):  # the second is the kernel's, for the same page
+            began = trio.current_time()
+            with pytest.raises((TransientOriginError, ReadTimeoutError), match="beside itself"):
+                await made.fetch.obtain(stored, 0, ByteRange(0, 10))
+            assert trio.current_time() - began < longest
+
+
 async def usual_downloads(made):
     """Let the engine see what is usual: as many first bytes as it needs before it calls one late."""
     for number in range(HEDGE_SAMPLES):

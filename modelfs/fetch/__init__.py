@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 import trio
 
 from modelfs.chunks import CHUNK_BYTES, MIB, ByteRange, ObjectInfo
-from modelfs.errors import ObjectChangedError, ObjectNotFoundError, OriginError, ReadTimeoutError
+from modelfs.errors import ModelfsError, ObjectChangedError, ObjectNotFoundError, OriginError, ReadTimeoutError
 from modelfs.fetch.pace import INTERVAL_SECONDS, Pace
 from modelfs.fetch.planner import MAX_RUN_CHUNKS, Planner
 from modelfs.fetch.runs import (
@@ -144,6 +144,7 @@ class Fetch:
         needed = span.stop - index * CHUNK_BYTES
         active = self._active.get(key)
         reached = active.filled if active is not None else 0
+        failure: ModelfsError | None = None
         while True:
             view = self.peek(stored, index, span)
             if view is not None or index in stored.chunks:
@@ -159,20 +160,28 @@ class Fetch:
                 finally:
                     self._stop_waiting(key, waiter)
             if waiter.error is not None:
-                if not waiter.error.retryable or trio.current_time() + _RETRY_SECONDS > deadline:
-                    raise waiter.error
+                failure = waiter.error
+                if not failure.retryable:
+                    raise failure
+                if trio.current_time() + _RETRY_SECONDS > deadline:
+                    self._note_silent(key)
+                    raise failure
                 await trio.sleep(_RETRY_SECONDS)
             elif scope.cancelled_caught:
                 active = self._active.get(key)
                 if active is not None and active.filled >= reached + STALL_BYTES:
                     continue  # slow, but not silent
-                now = trio.current_time()
-                self._silent = {one: since for one, since in self._silent.items() if now < since + _AGAIN_SECONDS}
-                self._silent[key] = now
+                self._note_silent(key)
+                why = f" (last failure: {failure.what})" if failure is not None else ""
                 raise ReadTimeoutError(
-                    f"no progress on {stored.info.id.key} for {self._read_timeout:.0f} s",
+                    f"no progress on {stored.info.id.key} for {self._read_timeout:.0f} s{why}",
                     "check the network and the store, or raise --read-timeout",
                 )
+
+    def _note_silent(self, key: tuple[int, int]) -> None:
+        now = trio.current_time()
+        self._silent = {one: since for one, since in self._silent.items() if now < since + _AGAIN_SECONDS}
+        self._silent[key] = now
 
     def peek(self, stored: StoredObject, index: int, span: ByteRange) -> memoryview | None:
         """Return ``span``, inside chunk ``index``, if a buffer holds it; valid until the next checkpoint."""

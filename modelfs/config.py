@@ -188,6 +188,12 @@ class FetchConfig:
         -1, parse_processes, "processes that download (default: by the number of cores); 0: threads of the daemon", "N"
     )
     read_timeout: float = _one(60.0, parse_deadline, "a read that gains no byte for so long fails with EIO", "SECONDS")
+    verify: str = _one(
+        "background",
+        _choice("off", "background", "strict"),
+        "compare complete files with their publisher's digests; strict: refuse bad ones",
+        "off|background|strict",
+    )
     trace_uri: str = _one("", str, "bucket prefix through which nodes share the order of loads", "s3://BUCKET/PREFIX/")
 
 

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ import trio
 
 from modelfs.chunks import ObjectInfo
 from modelfs.config import Config, Source, parse_source
+from modelfs.digests import Digest
 from modelfs.errors import ModelfsError, ObjectNotFoundError, OriginError
 from modelfs.eviction import Eviction
 from modelfs.fetch import Fetch, default_budget
@@ -42,6 +44,7 @@ from modelfs.status import Status
 from modelfs.store import Store
 from modelfs.traces import Traces
 from modelfs.tree import Directory, Listing, Tree
+from modelfs.verification import Verification
 
 if TYPE_CHECKING:
     from modelfs.admin import Admin
@@ -53,6 +56,8 @@ MAX_TASKS = 1024
 """Namespace requests at once; with pyfuse3's 99, blocked ones stall every lookup."""
 LISTINGS = 4
 """Listings at once: downloads keep their connections."""
+QUIET_SECONDS = 30.0
+"""After so long without an open or a read, hashing files is in nobody's way."""
 _REFRESH_PAUSE_SECONDS = 1.0
 _EXAMPLES = 3
 
@@ -254,11 +259,13 @@ class Worker:
         descriptor, table = descriptors
         opens = OpenTable(table)
         tuning = Tuning(**connect["tuning"])
+        self._verification = self._make_verification(descriptor)
         data_path = DataPath(
             view=self._view,
             store=self._store,
             fetch=self._fetch,
             prefetch=self._prefetch,
+            verification=self._verification,
             loads=self._loads,
             metrics=self._metrics,
         )
@@ -282,6 +289,7 @@ class Worker:
                 await inner.start(self._admin(lambda: dataclasses.replace(tuning, passthrough=front.passthrough)).run)
                 if self._config.daemon.engine_metrics:
                     inner.start_soon(self._watch_engine, self._config.daemon.engine_metrics)
+                await inner.start(self._verification.run)
                 inner.start_soon(self._run_namespace)
                 if self._start["mounted"] and connect["resend"]:
                     os.write(descriptor, protocol.resend_notification())
@@ -293,6 +301,33 @@ class Worker:
                 inner.start_soon(self._store.recover)
         finally:
             pyfuse3.close(unmount=False)
+
+    def _make_verification(self, kernel: int) -> Verification:
+        async def ask_store(info: ObjectInfo) -> Digest | None:
+            found = [origin for origin in self._origins.values() if origin.name == info.id.origin]
+            return await trio.to_thread.run_sync(found[0].digest, info) if found else None
+
+        async def invalidate(inode: int) -> None:
+            with contextlib.suppress(OSError):  # a file that nobody has looked up is not known to the kernel
+                await trio.to_thread.run_sync(os.write, kernel, protocol.invalidation(inode))
+
+        return Verification(
+            mode=self._config.fetch.verify,
+            store=self._store,
+            fetch=self._fetch,
+            ask_store=ask_store,
+            tree=lambda: self._view.tree,
+            quiet=lambda: self._fetch.idle and time.monotonic() > self._loads.last + QUIET_SECONDS,
+            invalidate=invalidate,
+            metrics=self._metrics,
+        )
+
+    def _verify(self, path: str, *, begin: bool) -> dict[str, Any]:
+        if self._view.tree.find(path) is None:
+            return {"missing": True}
+        if begin:
+            self._verification.check(path)
+        return self._verification.report(path)
 
     async def _watch_engine(self, url: str) -> None:
         from modelfs.engine import Engine  # noqa: PLC0415 - few need it
@@ -322,6 +357,8 @@ class Worker:
             path = data.get("path")
             if command == "want" and isinstance(path, str):
                 return status.want(path)
+            if command in {"verify", "verified"} and isinstance(path, str):
+                return self._verify(path, begin=command == "verify")
             return None
 
         answers = Answers(

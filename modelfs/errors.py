@@ -127,6 +127,12 @@ class CacheError(ModelfsError):
     exit_code = 8
 
 
+class IntegrityError(ModelfsError):
+    """A file's bytes are not those that its publisher has signed for."""
+
+    exit_code = 10
+
+
 class NotReadyError(ModelfsError):
     """A ``wait`` or ``warm`` ended before the files were local."""
 

@@ -25,7 +25,7 @@ import trio
 
 from modelfs.chunks import CHUNK_BYTES, ByteRange, ObjectInfo, chunks_of, split
 from modelfs.config import TreeConfig
-from modelfs.errors import ModelfsError, ObjectChangedError
+from modelfs.errors import IntegrityError, ModelfsError, ObjectChangedError
 from modelfs.fetch import Fetch
 from modelfs.fuse.front import OWN_XATTR_PREFIX, Reply
 from modelfs.loads import Load, Loads
@@ -33,6 +33,7 @@ from modelfs.metrics import Metrics
 from modelfs.prefetch import Prefetch
 from modelfs.store import Chunk, CorruptChunkError, Store, StoredObject
 from modelfs.tree import Directory, File, Node, Tree
+from modelfs.verification import Verification, state_of
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ FOREVER_SECONDS = 86400.0
 """Attributes never change: a changed object is another inode."""
 BLOCK_BYTES = 4096
 """st_blksize; llama.cpp takes it for the alignment of O_DIRECT."""
-XATTRS = (b"etag", b"uri", b"resident_bytes")
+XATTRS = (b"etag", b"uri", b"resident_bytes", b"digest")
 _WARN_SECONDS = 5.0
 
 _Handler = TypeVar("_Handler", bound=Callable[..., Coroutine[Any, Any, Any]])
@@ -213,7 +214,7 @@ class Namespace(pyfuse3.Operations):
 
     @_answers_errno
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        """Return one of our three attributes."""
+        """Return one of our attributes."""
         info = self._view.info(inode)
         word = name.removeprefix(OWN_XATTR_PREFIX)
         if info is None or word not in XATTRS or word == name:
@@ -223,7 +224,8 @@ class Namespace(pyfuse3.Operations):
         if word == b"uri":
             bucket = info.id.origin.partition("@")[0]
             return f"{bucket}/{info.id.key}".encode("utf-8", "surrogateescape")
-        return str(self._store.object(info).resident_bytes).encode()
+        stored = self._store.object(info)
+        return (state_of(stored) if word == b"digest" else str(stored.resident_bytes)).encode()
 
     @_answers_errno
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
@@ -239,18 +241,28 @@ class DataPath:
         store: Resident bytes.
         fetch: Bytes on their way.
         prefetch: Told about opens.
+        verification: Told about opens; says which files may be read.
         loads: Told what readers do and wait for.
         metrics: Counters.
     """
 
     def __init__(
-        self, *, view: View, store: Store, fetch: Fetch, prefetch: Prefetch, loads: Loads, metrics: Metrics
+        self,
+        *,
+        view: View,
+        store: Store,
+        fetch: Fetch,
+        prefetch: Prefetch,
+        verification: Verification,
+        loads: Loads,
+        metrics: Metrics,
     ) -> None:
         self._view = view
         self._loads = loads
         self._store = store
         self._fetch = fetch
         self._prefetch = prefetch
+        self._verification = verification
         self._metrics = metrics
         self._disk = ThreadPoolExecutor(DISK_THREADS, "modelfs-disk")
         self._buffers = threading.local()
@@ -284,6 +296,7 @@ class DataPath:
         if info is None:
             raise ObjectChangedError(f"inode {inode} is no longer in the listing", "open the path again")
         stored = self._store.object(info)
+        self._verification.opened(stored)
         self._store.acquire(stored)
         self._store.touch(stored, range(0))
         self._view.open[inode] = stored
@@ -293,7 +306,8 @@ class DataPath:
 
     def backing(self, inode: int) -> int | None:
         """See ``Handler.backing``."""
-        return self._store.backing_descriptor(self._view.open[inode])
+        stored = self._view.open[inode]
+        return None if self._verification.withholds(stored) else self._store.backing_descriptor(stored)
 
     def opened(self, inode: int, mode: str) -> None:
         """See ``Handler.opened``."""
@@ -321,6 +335,9 @@ class DataPath:
         stored = self._view.open.get(inode)
         if stored is None:
             reply.error(errno.ESTALE)
+            return
+        if self._verification.refuses(stored):
+            reply.error(IntegrityError.errno)
             return
         span = stored.info.clip(offset, length)
         if not len(span):

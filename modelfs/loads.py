@@ -119,6 +119,11 @@ class Loads:
         self.recent: deque[Load] = deque(maxlen=KEPT)
         self._by_file: dict[int, Load] = {}
 
+    @property
+    def last(self) -> float:
+        """When something was opened or read last."""
+        return max((load.last for load in self.recent), default=0.0)
+
     def opened(self, file: File, mode: str) -> None:
         """A file was opened; mode is ``cached`` or ``passthrough``."""
         directory = model_of(file.parent)

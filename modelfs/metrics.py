@@ -45,6 +45,9 @@ class Metrics:
             "modelfs_store_skipped_chunks", "Fetched chunks that were served but not kept.", "reason"
         )
         self.store_corrupt = counter("modelfs_store_corrupt_chunks", "Stored chunks whose checksum failed.")
+        self.verified_files = counter(
+            "modelfs_verified_files", "Files hashed, by what came of it; refetched ones are hashed again.", "result"
+        )
         self.tree_files = gauge("modelfs_tree_files_count", "Files in the mount.")
         self.tree_skipped = gauge("modelfs_tree_skipped_keys_count", "Keys not shown as files.", "reason")
         self.tree_refreshes = counter("modelfs_tree_refreshes", "Listings taken.", "result")

@@ -49,16 +49,13 @@ class Pages:
         self._wanted.extend(stored for stored in model if stored not in self._wanted)
         self._work.set()
 
-    def _poke(self) -> None:
-        self._work.set()
-
     def forget(self) -> None:
         """Load nothing more of what is wanted now, as when a reader goes around the page cache."""
         self._wanted.clear()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Load until cancelled."""
-        self._store.on_complete = self._poke
+        self._store.on_complete.append(lambda stored: self._work.set())
         task_status.started()
         while True:
             await self._work.wait()

@@ -18,6 +18,7 @@ from modelfs.metrics import Metrics
 from modelfs.prefetch import RANK_SMALL, SMALL_BYTES, ends, is_weights, plan, wanted_files
 from modelfs.store import Store
 from modelfs.tree import Directory, File, Tree
+from modelfs.verification import state_of
 
 _RATE_WINDOW_SECONDS = 1.0
 FILES_SHOWN = 1000
@@ -82,6 +83,7 @@ class Status:
             "size": file.info.size,
             "resident": stored.resident_bytes,
             "state": state,
+            "digest": state_of(stored),
         }
         if stored.passed or stored.copied:
             answer["in_use"] = "passthrough" if stored.passed else "cached"

@@ -5,72 +5,10 @@ import time
 import pytest
 import trio
 
-from modelfs.chunks import CHUNK_BYTES, MIB, ByteRange, split
-from modelfs.config import Size, StoreConfig
+from modelfs.chunks import CHUNK_BYTES, MIB, ByteRange
 from modelfs.errors import AccessDeniedError, ObjectChangedError, OriginError, ReadTimeoutError, TransientOriginError
-from modelfs.eviction import Eviction
-from modelfs.fetch import HEDGE_SAMPLES, Fetch, PlanItem
-from modelfs.memory import Memory
-from modelfs.metrics import Metrics
-from modelfs.store import Store
-from tests.support.fake_origin import FakeOrigin
-
-BUDGET = 8 * CHUNK_BYTES
-
-
-class Engine:
-    """A fetch engine with store and eviction on a fake origin."""
-
-    def __init__(self, path, nursery, *, limit=1 << 30, whole_files=False, max_runs=16, read_timeout=60.0):
-        self.metrics = Metrics()
-        self.origin = FakeOrigin()
-        self.changed = []
-        config = StoreConfig(str(path), Size(bytes=limit), Size(bytes=0))
-        self.store = Store(config=config, metrics=self.metrics, holder="test", budget=BUDGET)
-        self.fetch = Fetch(
-            store=self.store,
-            origins={self.origin.name: self.origin},
-            metrics=self.metrics,
-            budget_bytes=BUDGET,
-            memory=Memory(),
-            whole_files=whole_files,
-            on_changed=self.changed.append,
-            max_runs=max_runs,
-            read_timeout=read_timeout,
-        )
-        self.eviction = Eviction(store=self.store, on_room=self.fetch.poke)
-        self.nursery = nursery
-
-    async def start(self):
-        for part in (self.store, self.fetch, self.eviction):
-            await self.nursery.start(part.run)
-
-    async def read(self, stored, span):
-        out = bytearray()
-        with self.store.using(stored):
-            for index, part in split(span):
-                while True:
-                    view = await self.fetch.obtain(stored, index, part)
-                    if view is not None:
-                        out += view
-                        break
-                    if stored.missing(part):
-                        continue
-                    pinned = self.store.pin(stored, part)
-                    target = memoryview(bytearray(len(part)))
-                    try:
-                        descriptor = self.store.descriptor(stored)
-                        await trio.to_thread.run_sync(self.store.read_sync, stored, descriptor, pinned, part, target)
-                    finally:
-                        self.store.unpin(stored, pinned)
-                    out += target
-                    break
-        return bytes(out)
-
-    async def settle(self):
-        with trio.fail_after(20):
-            while not self.fetch.idle:
-                await trio.sleep(0.01)
+from modelfs.fetch import HEDGE_SAMPLES, PlanItem
+from tests.support.engine import BUDGET, Engine
 
 
 @pytest.fixture
@@ -474,6 +412,22 @@ async def test_a_read_that_fails_again_and_again_ends_with_its_deadline_and_says
             with pytest.raises((TransientOriginError, ReadTimeoutError), match="beside itself"):
                 await made.fetch.obtain(stored, 0, ByteRange(0, 10))
             assert trio.current_time() - began < longest
+
+
+async def test_a_chunk_that_is_dropped_leaves_memory_too(engine):
+    """Else a wrong one would be served from its buffer, and no plan would bring it again."""
+    made = await engine()
+    data = some_bytes(2 * CHUNK_BYTES)
+    stored = made.store.object(made.origin.put("k", data))
+    with made.store.using(stored):
+        assert await made.read(stored, ByteRange(0, len(data))) == data
+        await made.settle()
+        assert made.fetch.peek(stored, 1, ByteRange(CHUNK_BYTES, CHUNK_BYTES + 1)) is not None
+        await made.store.discard(stored, 1, "the test")
+        assert made.fetch.peek(stored, 1, ByteRange(CHUNK_BYTES, CHUNK_BYTES + 1)) is None
+        made.fetch.submit([PlanItem(stored.info, ByteRange(0, len(data)))], 0)
+        await made.settle()
+    assert stored.complete
 
 
 async def usual_downloads(made):

@@ -1,5 +1,7 @@
 """What every origin must do, on real servers and on the fake one."""
 
+import base64
+import hashlib
 import random
 import re
 import threading
@@ -10,6 +12,7 @@ import pytest
 
 from modelfs.chunks import MIB, ByteRange, ObjectId, ObjectInfo
 from modelfs.config import OriginConfig
+from modelfs.digests import ALGORITHMS
 from modelfs.errors import (
     AccessDeniedError,
     BucketNotFoundError,
@@ -268,3 +271,49 @@ def test_a_listing_that_breaks_off_is_an_error(some_credentials):
         made = origin("bkt", endpoint_url=url, region="us-east-1", addressing="path")
         with pytest.raises(OriginError, match="broke off its listing"):
             list(made.list(""))
+
+
+def published(made, info):
+    digest = made.digest(info)
+    return (digest.algorithm, digest.value, digest.source) if digest else None
+
+
+def test_the_etag_of_a_plain_object_is_its_md5(setting):
+    data = setting.put("k", b"hello" * 1000)
+    assert published(origin(setting.name), listed(setting, "k")) == ("md5", hashlib.md5(data).hexdigest(), "ETag")
+
+
+def test_an_object_in_parts_has_no_digest_of_the_whole(setting):
+    upload = setting.client.create_multipart_upload(Bucket=setting.name, Key="k")["UploadId"]
+    parts = []
+    for number in (1, 2):
+        answer = setting.client.upload_part(
+            Bucket=setting.name, Key="k", UploadId=upload, PartNumber=number, Body=bytes(5 * MIB)
+        )
+        parts.append({"ETag": answer["ETag"], "PartNumber": number})
+    setting.client.complete_multipart_upload(
+        Bucket=setting.name, Key="k", UploadId=upload, MultipartUpload={"Parts": parts}
+    )
+    assert published(origin(setting.name), listed(setting, "k")) is None
+
+
+def test_the_digest_of_an_object_that_has_changed_is_not_given(setting):
+    setting.put("k", b"old")
+    info = listed(setting, "k")
+    setting.put("k", b"new")
+    with pytest.raises(ObjectChangedError):
+        origin(setting.name).digest(info)
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "crc64nvme", "crc32c", "crc32", "sha1"])
+def test_a_checksum_kept_by_the_store_is_its_digest(ministack_store, new_bucket, monkeypatch, algorithm):
+    for name, value in ministack_store.environment().items():
+        monkeypatch.setenv(name, value)
+    setting, data = new_bucket(ministack_store), random.Random(1).randbytes(3 * MIB + 5)
+    hasher = ALGORITHMS[algorithm]()
+    for start in range(0, len(data), 1000_000):
+        hasher.update(memoryview(data)[start : start + 1000_000])
+    value = base64.b64encode(bytes.fromhex(hasher.hexdigest())).decode()
+    setting.client.put_object(Bucket=setting.name, Key="k", Body=data, **{f"Checksum{algorithm.upper()}": value})
+    expected = (algorithm, hasher.hexdigest(), "checksum of the store")
+    assert published(origin(setting.name), listed(setting, "k")) == expected

@@ -20,6 +20,7 @@ COMMANDS = {
     "status": "show what is mounted and how much of it is local",
     "wait": "wait until a path is mounted, has its heads, or is complete",
     "warm": "download paths now",
+    "verify": "compare local files with the digests of their publisher",
     "why": "say where the time of the last load went, and what to change",
     "doctor": "check this machine and say what to do",
     "demo": "mount a model from an object store started for the purpose, and time it",

@@ -8,6 +8,7 @@ from typing import Any
 
 from modelfs.cli.client import locate, status_of
 from modelfs.cli.progress import human_bytes, human_seconds
+from modelfs.digests import BAD, VERIFIED
 from modelfs.errors import ModelfsError
 from modelfs.fuse.protocol import MAX_BACKGROUND
 from modelfs.fuse.tuning import mounts
@@ -69,6 +70,7 @@ def _text(status: dict[str, Any]) -> str:
         )
         for file in source["files"][:_FILES_SHOWN]:
             use = f"  open, {file['in_use']}" if "in_use" in file else ""
+            use += f"  {file['digest']}" if file["digest"] in {VERIFIED, BAD} else ""
             lines.append(f"    {file['state']:9}{human_bytes(file['size']):>11}  {file['path']}{use}")
         if source["files_count"] > _FILES_SHOWN:
             lines.append(f"    and {source['files_count'] - _FILES_SHOWN} more")

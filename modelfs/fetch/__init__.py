@@ -88,6 +88,7 @@ class Fetch:
         read_timeout: float,
     ) -> None:
         self._store = store
+        store.on_evict.append(self._evicted)
         self._read_timeout = read_timeout
         self._origins = origins
         self._metrics = metrics
@@ -466,6 +467,13 @@ class Fetch:
         active.view.release()
         self._pool.give(active.buffer)
         self._work.set()
+
+    def _evicted(self, stored: StoredObject, indices: list[int]) -> None:
+        """Let go of chunks that are local no more: wrong ones must not be served, any may be wanted again."""
+        for index in indices:
+            active = self._active.get((stored.info.number, index))
+            if active is not None and active.complete:
+                self._forget(active)  # a reader just woken finds nothing and waits anew
 
     def _forget(self, active: Active) -> None:
         self._active.pop(active.key, None)

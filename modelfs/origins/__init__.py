@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from modelfs.chunks import ByteRange, ObjectInfo
+from modelfs.digests import Digest
 
 Count = Callable[[str, str, int], None]
 """Takes what happened (``requests``, ``errors``, ``resumes`` or ``bytes``), its kind if it has one, and how often."""
@@ -53,6 +54,14 @@ class Origin(Protocol):
 
         Raises:
             OriginError: It cannot be written.
+        """
+
+    def digest(self, info: ObjectInfo) -> Digest | None:
+        """Return the digest of the whole object that the store keeps, the strongest; ``None`` if it keeps none.
+
+        Raises:
+            ObjectChangedError: The object has another version now.
+            OriginError: The store cannot be asked.
         """
 
     def read_into(self, info: ObjectInfo, span: ByteRange, sink: Sink) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 from modelfs import errors
 from modelfs.chunks import ByteRange, ObjectInfo
 from modelfs.config import OriginConfig
+from modelfs.digests import Digest
 from modelfs.errors import ModelfsError, TransientOriginError
 from modelfs.memory import Memory
 from modelfs.origins import Count, Sink
@@ -223,6 +224,11 @@ class RemoteOrigin:
     def put_small(self, key: str, data: bytes) -> None:
         """See ``Origin.put_small``."""
         self._ask("put_small", key, data)
+
+    def digest(self, info: ObjectInfo) -> Digest | None:
+        """See ``Origin.digest``."""
+        digest: Digest | None = self._ask("digest", info)
+        return digest
 
     def read_into(self, info: ObjectInfo, span: ByteRange, sink: Sink) -> None:
         """See ``Origin.read_into``; the sink's space lies in the shared memory."""

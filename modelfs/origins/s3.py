@@ -27,6 +27,7 @@ from botocore.config import Config as SdkConfig
 
 from modelfs.chunks import ByteRange, ObjectId, ObjectInfo
 from modelfs.config import OriginConfig
+from modelfs.digests import ALGORITHMS, Digest, from_base64
 from modelfs.errors import (
     AccessDeniedError,
     BucketNotFoundError,
@@ -222,6 +223,30 @@ class S3Origin:
             return answer
 
         self._persist(ask, key)
+
+    def digest(self, info: ObjectInfo) -> Digest | None:
+        """See ``Origin.digest``: a checksum attribute of the whole object, or an ETag that is its MD5."""
+
+        def ask(client: Any) -> dict[str, Any]:  # noqa: ANN401
+            self._count("requests", "head", 1)
+            answer: dict[str, Any] = client.head_object(
+                Bucket=self._bucket, Key=info.id.key, IfMatch=info.id.version, ChecksumMode="ENABLED"
+            )
+            return answer
+
+        answer = self._persist(ask, info.id.key)
+        if answer.get("ETag") != info.id.version:
+            raise ObjectChangedError(f"{self._where(info.id.key)} was overwritten", "open it again")
+        for algorithm in ALGORITHMS:
+            # Of an object uploaded in parts there may be a sum over the parts' sums instead: it ends in their number.
+            value = from_base64(answer.get(f"Checksum{algorithm.upper()}") or "")
+            if value and answer.get("ChecksumType") != "COMPOSITE":
+                return Digest(algorithm, value, "checksum of the store")
+        encrypted = answer.get("SSECustomerAlgorithm") or "kms" in answer.get("ServerSideEncryption", "")
+        tag = info.id.version.strip('"')
+        if re.fullmatch("[0-9a-f]{32}", tag) and not encrypted:
+            return Digest("md5", tag, "ETag")
+        return None
 
     # -- reading ------------------------------------------------------------------------------------
 

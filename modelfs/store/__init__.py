@@ -26,6 +26,7 @@ import trio
 
 from modelfs.chunks import CHUNK_BYTES, MIB, PIECE_BYTES, ByteRange, ObjectInfo, chunks_of
 from modelfs.config import StoreConfig
+from modelfs.digests import Verdict
 from modelfs.errors import CacheError
 from modelfs.metrics import Metrics
 from modelfs.store import files
@@ -64,7 +65,7 @@ class StoredObject:
     ``chunks`` is in order of last use once the object is open. ``users`` counts opens and downloads;
     ``passed`` says that the kernel reads the file without us, so that no hole may be punched; ``copied`` that
     it is open and its readers get their bytes through us; ``untouched`` that nobody but modelfs has written the
-    data file since its chunks were recorded.
+    data file since its chunks were recorded. ``verdict`` is what hashing exactly these bytes showed.
     """
 
     info: ObjectInfo
@@ -73,6 +74,7 @@ class StoredObject:
     passed: bool = False
     copied: bool = False
     untouched: bool = True
+    verdict: Verdict | None = None
     descriptor: int = -1
     evicting: set[int] = field(default_factory=set)
     resident_bytes: int = 0
@@ -88,7 +90,9 @@ class StoredObject:
 
 
 class Store:
-    """The open store of one cache directory. ``on_complete`` is called when a file's last chunk has come.
+    """The open store of one cache directory.
+
+    ``on_complete`` and ``on_evict`` are whom to tell when a file's last chunk has come, and which chunks are gone.
 
     Args:
         config: Directory and limits.
@@ -119,7 +123,8 @@ class Store:
         self.reserved_bytes = 0
         self.evicted_bytes = 0
         self.pressure = trio.Event()
-        self.on_complete: Callable[[], None] = lambda: None
+        self.on_complete: list[Callable[[StoredObject], None]] = []
+        self.on_evict: list[Callable[[StoredObject, list[int]], None]] = []
         self.demand_waits = False
         self.room_since = 0.0
         self._disk_limit = 0
@@ -209,7 +214,10 @@ class Store:
         self._used_known[info.number] = row.used
         resident = sum(len(info.chunk_range(index)) for index in chunks)
         untouched = status is not None and status.st_mtime_ns == row.stamp
-        return StoredObject(info, chunks, resident_bytes=resident, untouched=untouched)
+        stored = StoredObject(info, chunks, resident_bytes=resident, untouched=untouched)
+        if stored.complete:
+            stored.verdict = self._index.verdict(info.number)
+        return stored
 
     def _data_file_status(self, info: ObjectInfo) -> os.stat_result | None:
         try:
@@ -364,6 +372,7 @@ class Store:
             return
         chunk = Chunk(sums, (1 << (len(sums) // files.SUM_BYTES)) - 1, durable=False)
         stored.chunks[index] = chunk
+        stored.verdict = None
         stored.resident_bytes += size
         self.resident_bytes += size
         self._metrics.store_bytes.set(self.resident_bytes)
@@ -372,7 +381,8 @@ class Store:
             self.touch(stored, range(0))
         self._dirty_event.set()
         if stored.complete:
-            self.on_complete()
+            for tell in self.on_complete:
+                tell(stored)
 
     def disk_failed(self, error: OSError) -> str:
         """Note a failed write; return the reason word for the metric."""
@@ -446,6 +456,19 @@ class Store:
             os.fdatasync(descriptor)
         self._index.record(chunks, used, stamps)
 
+    async def judge(self, stored: StoredObject, verdict: Verdict) -> None:
+        """Keep what hashing a complete object showed, until one of its chunks is another."""
+        await self.commit()
+        async with self._commit_lock:
+            if not stored.complete:
+                return
+            stored.verdict = verdict
+            if stored.chunks and all(chunk.durable for chunk in stored.chunks.values()):
+                try:
+                    await trio.to_thread.run_sync(self._index.save_verdict, stored.info.number, verdict)
+                except lmdb.Error as error:
+                    log.warning("what was verified cannot be kept in %s: %s", self.directory, error)
+
     # -- eviction -----------------------------------------------------------------------------------
 
     async def evict(self, stored: StoredObject, indices: list[int], reason: str, *, force: bool = False) -> int:
@@ -461,12 +484,15 @@ class Store:
                 continue
             # No checkpoint between this check and the removal: a reader after it sees a miss.
             del stored.chunks[index]
+            stored.verdict = None
             self._dirty.pop((stored.info.number, index), None)
             stored.evicting.add(index)
             stored.resident_bytes -= len(stored.info.chunk_range(index))
             victims.append(index)
         if not victims:
             return 0
+        for tell in self.on_evict:
+            tell(stored, victims)
         with trio.CancelScope(shield=True):
             async with self._commit_lock:
                 try:

@@ -2,7 +2,8 @@
 
 Tables: ``meta`` (format version), ``objects`` (number → identity, size, time of last use, resident
 bytes), ``chunks`` (number + chunk → one xxh3-64 per piece), ``lru`` (time + number, the order of
-eviction) and ``listings`` (source → the last good listing, which a restarted worker begins with).
+eviction), ``listings`` (source → the last good listing, which a restarted worker begins with), ``traces``
+(name → the order of a load) and ``verdicts`` (number → what hashing the whole object showed).
 
 Knows no file and no policy. Reads may run on any thread; writes come from one thread at a time.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 import lmdb
 
 from modelfs.chunks import ObjectId, ObjectInfo
+from modelfs.digests import Digest, Verdict
 from modelfs.errors import CacheError
 
 FORMAT_VERSION = 1
@@ -64,10 +66,11 @@ class Index:
 
     def __init__(self, path: Path) -> None:
         path.mkdir(mode=0o700, exist_ok=True)
-        self._env = lmdb.open(str(path), map_size=_MAP_BYTES, max_dbs=6, mode=0o600)
+        self._env = lmdb.open(str(path), map_size=_MAP_BYTES, max_dbs=7, mode=0o600)
         self._env.reader_check()
-        names = (b"meta", b"objects", b"chunks", b"lru", b"listings", b"traces")
-        self._meta, self._objects, self._chunks, self._lru, self._listings, self._traces = map(self._env.open_db, names)
+        names = (b"meta", b"objects", b"chunks", b"lru", b"listings", b"traces", b"verdicts")
+        databases = map(self._env.open_db, names)
+        self._meta, self._objects, self._chunks, self._lru, self._listings, self._traces, self._verdicts = databases
         with self._env.begin(write=True) as txn:
             version = txn.get(b"format", db=self._meta)
             if version is None:
@@ -124,6 +127,15 @@ class Index:
         with self._env.begin() as txn, txn.cursor(db=self._objects) as cursor:
             return {_NUMBER.unpack(key)[0] for key in cursor.iternext(values=False)}
 
+    def verdict(self, number: int) -> Verdict | None:
+        """Return what hashing an object showed, or ``None``."""
+        with self._env.begin() as txn:
+            value = txn.get(_NUMBER.pack(number), db=self._verdicts)
+        if value is None:
+            return None
+        state, digest = json.loads(bytes(value))
+        return Verdict(state, Digest(*digest) if digest else None)
+
     def listing(self, source: str) -> list[ObjectInfo] | None:
         """Return the listing saved for a source, or ``None``."""
         with self._env.begin() as txn:
@@ -149,6 +161,13 @@ class Index:
                     cursor.delete()
             txn.put(name.encode(), zlib.compress(text, 1), db=self._traces)
 
+    def save_verdict(self, number: int, verdict: Verdict) -> None:
+        """Keep what hashing an object showed; it holds until a chunk is recorded or forgotten."""
+        digest = verdict.digest
+        value = [verdict.state, [digest.algorithm, digest.value, digest.source] if digest else None]
+        with self._env.begin(write=True) as txn:
+            txn.put(_NUMBER.pack(number), json.dumps(value).encode(), db=self._verdicts)
+
     def record(self, chunks: Iterable[NewChunk], used: dict[int, int], stamps: dict[int, int]) -> None:
         """Record durable chunks, times of use and the data files' stamps in one durable transaction."""
         with self._env.begin(write=True) as txn:
@@ -156,6 +175,7 @@ class Index:
             rows: dict[int, ObjectRow] = {}
             for chunk in chunks:
                 number = chunk.info.number
+                txn.delete(_NUMBER.pack(number), db=self._verdicts)
                 row = rows.get(number) or self._row(txn, number) or ObjectRow(chunk.info, 0, 0)
                 grown = 0
                 if txn.put(_CHUNK.pack(number, chunk.index), chunk.sums, db=self._chunks, overwrite=False):
@@ -177,6 +197,7 @@ class Index:
     def forget(self, number: int, chunks: Iterable[int]) -> None:
         """Remove chunk records; remove the object with its last one."""
         with self._env.begin(write=True) as txn:
+            txn.delete(_NUMBER.pack(number), db=self._verdicts)
             row = self._row(txn, number)
             if row is None:
                 return

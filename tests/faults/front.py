@@ -262,6 +262,23 @@ def wrong_length(by: int) -> Fault:
     return fault
 
 
+def flip(at: int) -> Fault:
+    """The object's byte at this offset is another one."""
+
+    def fault(exchange: Exchange) -> None:
+        asked = exchange.range
+        if asked is None or not asked[0] <= at < asked[1]:
+            exchange.relay()
+            return
+        with exchange.answer() as answer:
+            exchange.real_head(answer)
+            exchange.copy(answer, at - asked[0])
+            exchange.client.sendall(bytes((answer.read(1)[0] ^ 1,)))
+            exchange.copy(answer, 1 << 60)
+
+    return fault
+
+
 def redirect(exchange: Exchange) -> None:
     """To a region that is not there."""
     body = b"<Error><Code>TemporaryRedirect</Code><Endpoint>127.0.0.1:9</Endpoint></Error>"

@@ -25,7 +25,7 @@ import trio
 from modelfs.chunks import ObjectInfo
 from modelfs.config import Config, Source, parse_source
 from modelfs.digests import Digest
-from modelfs.errors import ModelfsError, ObjectNotFoundError, OriginError
+from modelfs.errors import CacheError, ModelfsError, ObjectNotFoundError, OriginError
 from modelfs.eviction import Eviction
 from modelfs.fetch import Fetch, default_budget
 from modelfs.filesystem import DataPath, Namespace, View
@@ -72,6 +72,11 @@ def available_memory() -> int:
     return min(found)
 
 
+def _memory_directory() -> str | None:
+    """Return a directory in memory, or ``None`` for the usual one of temporary files."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
+
+
 class Worker:
     """One life of the worker.
 
@@ -100,11 +105,8 @@ class Worker:
         """
         config = self._config
         budget = config.fetch.max_memory.of(available_memory()) or default_budget(available_memory(), self._runs)
-        holder = f"modelfs mount at {config.mountpoint}"
         self._origins = self._make_origins()
-        with contextlib.closing(
-            Store(config=config.store, metrics=self._metrics, holder=holder, budget=budget)
-        ) as store:
+        with self._open_store(f"modelfs mount at {config.mountpoint}", budget) as store:
             self._store = store
             self._view = View(store, self._build_tree(await self._first_listings()))
             prefetching = config.fetch.prefetch != "off"
@@ -127,6 +129,35 @@ class Worker:
                 mode=config.fetch.prefetch, store=store, fetch=self._fetch, pages=self._pages, traces=self._traces
             )
             await self._serve()
+
+    @contextlib.contextmanager
+    def _open_store(self, holder: str, budget: int) -> Iterator[Store]:
+        """Open the store; where readers wait already and it cannot be used, one that keeps nothing.
+
+        Raises:
+            CacheError: It cannot be used, and the mount is only being made.
+        """
+        config, failure = self._config.store, ""
+        store = None
+        if not self._start["without_cache"]:
+            try:
+                store = Store(config=config, metrics=self._metrics, holder=holder, budget=budget)
+            except (CacheError, OSError, lmdb.Error) as error:
+                if not self._start["mounted"]:
+                    raise
+                failure = str(error)
+        with contextlib.ExitStack() as stack:
+            if store is None:
+                import tempfile  # noqa: PLC0415 - hardly ever needed
+
+                directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="modelfs-", dir=_memory_directory()))
+                log.error(
+                    "the mount goes on without its cache until it is made anew: %s", failure or "it ended workers"
+                )
+                config = dataclasses.replace(config, cache_dir=directory)
+                store = Store(config=config, metrics=self._metrics, holder=holder, budget=budget, keeps=False)
+                store.disk_error = failure or "workers ended before they could use it"
+            yield stack.enter_context(contextlib.closing(store))
 
     # -- sources ------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ whole. Knows nothing of why a chunk exists.
 import logging
 from collections.abc import Callable
 
+import lmdb
 import trio
 
 from modelfs.store import Store, StoredObject
@@ -40,8 +41,12 @@ class Eviction:
                 await self._store.pressure.wait()
             self._store.pressure = trio.Event()
             self._store.refresh_space()
-            if await self.make_room():
-                self._on_room()
+            try:
+                if await self.make_room():
+                    self._on_room()
+            except lmdb.Error as error:
+                log.error("the index cannot be read, nothing is evicted: %s", error)
+                await trio.sleep(CHECK_SECONDS)
 
     def _excess(self) -> int:
         """Return how many bytes lie above the high watermark."""

@@ -29,6 +29,7 @@ from modelfs.errors import IntegrityError, ModelfsError, ObjectChangedError
 from modelfs.fetch import Fetch
 from modelfs.fuse.front import OWN_XATTR_PREFIX, Reply
 from modelfs.loads import Load, Loads
+from modelfs.logs import Seldom
 from modelfs.metrics import Metrics
 from modelfs.prefetch import Prefetch
 from modelfs.store import Chunk, CorruptChunkError, Store, StoredObject
@@ -268,7 +269,7 @@ class DataPath:
         self._buffers = threading.local()
         self._token: trio.lowlevel.TrioToken | None = None
         self._nursery: trio.Nursery | None = None
-        self._warned: dict[type[ModelfsError], float] = {}
+        self._seldom = Seldom(_WARN_SECONDS)
         self._tier_bytes = {tier: metrics.read_bytes.labels(tier=tier) for tier in ("memory", "store", "origin")}
         self._tier_reads = {tier: metrics.reads.labels(tier=tier) for tier in ("memory", "store", "origin")}
 
@@ -499,7 +500,5 @@ class DataPath:
         self._tier_reads[tier].inc()
 
     def _warn(self, error: ModelfsError) -> None:
-        now = time.monotonic()
-        if now - self._warned.get(type(error), float("-inf")) > _WARN_SECONDS:
-            self._warned[type(error)] = now
+        if self._seldom(type(error).__name__):
             log.warning("a read failed: %s", error)

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import time
+from collections.abc import Hashable
 
 
 def setup_logging(level: str, form: str) -> None:
@@ -19,6 +21,22 @@ def setup_logging(level: str, form: str) -> None:
     for noisy in ("botocore", "boto3", "urllib3", "s3transfer"):
         # Their debug lines hold signed headers.
         logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+class Seldom:
+    """Keeps a message that could come a thousand times to one in so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._said: dict[Hashable, float] = {}
+
+    def __call__(self, what: Hashable) -> bool:
+        """Return whether it is time to say ``what``; these are few, as classes and error numbers are."""
+        now = time.monotonic()
+        if now - self._said.get(what, float("-inf")) < self._seconds:
+            return False
+        self._said[what] = now
+        return True
 
 
 class _JsonFormatter(logging.Formatter):

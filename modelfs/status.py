@@ -21,6 +21,8 @@ from modelfs.tree import Directory, File, Tree
 from modelfs.verification import state_of
 
 _RATE_WINDOW_SECONDS = 1.0
+SKIPPED_REASONS = ("no_room", "disk_full", "disk_error", "slow_disk")
+"""Why a chunk was served but not kept."""
 FILES_SHOWN = 1000
 """Most files in one status answer; the counts cover all."""
 
@@ -122,7 +124,11 @@ class Status:
                 "resident_bytes": store.resident_bytes,
                 "limit_bytes": store.limit_bytes,
                 "evicted_bytes": store.evicted_bytes,
-                "skipped_chunks": _sum(self._metrics.store_skipped),
+                "skipped_chunks": {
+                    reason: int(_value(self._metrics.registry, "modelfs_store_skipped_chunks_total", reason=reason))
+                    for reason in SKIPPED_REASONS
+                },
+                "disk_error": store.disk_error,
             },
             "reads": {
                 **{tier: int(count) for tier, count in reads.items()},

@@ -71,7 +71,7 @@ def test_every_option_can_be_written_in_toml(tmp_path):
         "endpoint_url": '"http://h"', "addressing": '"path"', "cache_size": '"10GiB"', "min_free": '"1%"', "uid": "7",
         "gid": "7", "umask": '"077"', "refresh": '"1m"', "max_memory": '"64MiB"', "prefetch": '"all"', "admin": '"off"',
         "log_level": '"debug"', "log_format": '"json"', "include": '["*.json", "*.gguf"]', "exclude": '["a"]',
-        "trace_uri": '"s3://bucket/traces/"', "processes": "2", "read_timeout": '"20s"',
+        "trace_uri": '"s3://bucket/traces/"', "processes": "2", "read_timeout": '"20s"', "verify": '"strict"',
         "engine_metrics": '"http://127.0.0.1:8000/metrics"',
     }  # fmt: skip
     unset = '"x"'

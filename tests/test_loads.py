@@ -103,7 +103,7 @@ def status(**changes):
         "prefetch": "auto",
         "fetch": {"received_bytes": 10**9, "busy_seconds": 2.0},
         "origin": {"errors": 0},
-        "cache": {"skipped_chunks": 0},
+        "cache": {"skipped_chunks": {"no_room": 0}},
         "kernel": {"hints": ["read_ahead_kb is 128: run as root"]},
     }
     return {**base, **changes}

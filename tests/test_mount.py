@@ -91,11 +91,12 @@ def test_extended_attributes(bucket, mounted):
     data = bucket.put("p/f", some_bytes(CHUNK_BYTES))
     mount = mounted(bucket, "--prefetch", "off", prefix="p/")
     path = mount.path / "f"
-    assert set(os.listxattr(path)) == {"user.modelfs.etag", "user.modelfs.uri", "user.modelfs.resident_bytes"}
+    assert set(os.listxattr(path)) == {f"user.modelfs.{word}" for word in ("etag", "uri", "resident_bytes", "digest")}
     etag = bucket.client.head_object(Bucket=bucket.name, Key="p/f")["ETag"].strip('"')
     assert os.getxattr(path, "user.modelfs.etag").decode() == etag
     assert os.getxattr(path, "user.modelfs.uri").decode() == bucket.uri("p/f")
     assert os.getxattr(path, "user.modelfs.resident_bytes") == b"0"
+    assert os.getxattr(path, "user.modelfs.digest") == b"partial"
     assert path.read_bytes() == data
     mount.wait_complete("f")
     assert os.getxattr(path, "user.modelfs.resident_bytes") == str(len(data)).encode()

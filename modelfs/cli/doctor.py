@@ -11,15 +11,23 @@ from pathlib import Path
 
 from modelfs import config as configuration
 from modelfs.chunks import CHUNK_BYTES, ByteRange, ObjectInfo
+from modelfs.cli.client import status_of
 from modelfs.cli.progress import human_bytes
 from modelfs.errors import ModelfsError
-from modelfs.fuse.tuning import READ_AHEAD_KIB, has_cap_sys_admin
+from modelfs.fuse.tuning import READ_AHEAD_KIB, Mount, has_cap_sys_admin, mounts
 from modelfs.metrics import Metrics
 from modelfs.origins.s3 import S3Origin
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 _PROBE_BYTES = 64 * 1024 * 1024
 _SLOW_DISK_BYTES_PER_SECOND = 200e6
+_NOT_KEPT = {
+    "no_room": "raise --cache-size, lower --min-free, or free space on the cache's disk",
+    "disk_full": "free space or inodes on the cache's disk ({error})",
+    "disk_error": "check the cache's disk ({error}); reads go on, but from the bucket",
+    "slow_disk": "put the cache on a local NVMe disk",
+}
+"""Reason of ``modelfs_store_skipped_chunks_total`` to its mend."""
 Finding = tuple[str, str, str]
 
 
@@ -60,6 +68,8 @@ def _findings(config: configuration.Config, *, with_source: bool) -> Iterator[Fi
     yield from _cache(Path(config.store.cache_dir), config.store)
     if with_source:
         yield from _bucket(config)
+    for mount in mounts():
+        yield from _mounted(mount)
 
 
 def _python() -> Finding:
@@ -178,6 +188,19 @@ def _disk_rate(directory: Path) -> float:
     finally:
         os.close(descriptor)
         path.unlink()
+
+
+def _mounted(mount: Mount) -> Iterator[Finding]:
+    """Tell what a mount that is there suffers from."""
+    try:
+        cache = status_of(mount)["cache"]
+    except ModelfsError as error:
+        yield WARN, str(error), ""
+        return
+    for reason, count in cache["skipped_chunks"].items():
+        if count:
+            what = f"{mount.mountpoint}: {count} chunks were served but not kept ({reason})"
+            yield WARN, what, _NOT_KEPT[reason].format(error=cache["disk_error"] or "it works again")
 
 
 class _Discard:

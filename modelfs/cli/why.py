@@ -109,7 +109,7 @@ def advice(status: dict[str, Any], shares: dict[str, float], rate: float, card: 
             )
     if status["origin"]["errors"]:
         found.append(f"{status['origin']['errors']} requests to the bucket failed and were repeated: see the log")
-    if status["cache"]["skipped_chunks"]:
+    if any(status["cache"]["skipped_chunks"].values()):
         found.append("chunks were served but not kept: the cache is too small or its disk too slow; see modelfs doctor")
     if store > _NOTABLE:
         found.append("the cache disk was waited for: put --cache-dir on a faster one")

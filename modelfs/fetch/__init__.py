@@ -511,7 +511,7 @@ class Fetch:
             self._metrics.prefetch_bytes.inc(len(active.span))
         self.wake(active)
         if not active.reserved:
-            reason = "no_room" if self._writes < self._pool.capacity * 3 // 4 else "slow_disk"
+            reason = self._store.skip_reason if self._writes < self._pool.capacity * 3 // 4 else "slow_disk"
             self._metrics.store_skipped.labels(reason=reason).inc()
             self._work.set()
             return

@@ -46,6 +46,8 @@ STOP_SECONDS = 3.0
 _RESTART_PAUSES = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0)
 _STABLE_SECONDS = 10.0
 """A worker that lived this long starts the pauses from the beginning."""
+_FRUITLESS_STARTS = 2
+"""After so many starts in a row that did not come to serving, the next worker leaves the cache alone."""
 _STALE_PROBE_SECONDS = 2.0
 _MESSAGE_BYTES = 1024 * 1024
 
@@ -194,6 +196,7 @@ class Supervisor:
         self._worker: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self._starts = 0
+        self._fruitless = 0
         self._announced = False
         self._stopping = False
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -241,7 +244,14 @@ class Supervisor:
                 )
             self._channel = ours
             self._starts += 1
-            start = {**self._request.start, "starts": self._starts, "mounted": self._announced}
+            without = self._announced and self._fruitless >= _FRUITLESS_STARTS
+            start = {
+                **self._request.start,
+                "starts": self._starts,
+                "mounted": self._announced,
+                "without_cache": without,
+            }
+            self._fruitless += 1
             try:
                 _send(ours, {"start": start})
                 if self._request.on_mounted is not None and self._descriptor < 0:
@@ -286,6 +296,7 @@ class Supervisor:
         if kind == "prepared":
             self._connect(channel)
         if kind == "serving":
+            self._fruitless = 0
             self._announce()
         return ""
 

@@ -28,6 +28,7 @@ from modelfs.chunks import CHUNK_BYTES, MIB, PIECE_BYTES, ByteRange, ObjectInfo,
 from modelfs.config import StoreConfig
 from modelfs.digests import Verdict
 from modelfs.errors import CacheError
+from modelfs.logs import Seldom
 from modelfs.metrics import Metrics
 from modelfs.store import files
 from modelfs.store.files import CorruptChunkError
@@ -41,11 +42,12 @@ COMMIT_SECONDS = 0.5
 """How long finished chunks gather before one fdatasync and one transaction serve them all."""
 _USE_GRANULARITY_SECONDS = 1
 _SPACE_CHECK_SECONDS = 1.0
+_COMPLAINT_SECONDS = 60.0
 
 
 @dataclass(slots=True, eq=False)
 class Chunk:
-    """A resident chunk. ``verified`` has a bit for every piece known to match its checksum."""
+    """A resident chunk. ``verified`` has a bit for every piece that this process has read back and found whole."""
 
     sums: bytes
     verified: int
@@ -54,7 +56,7 @@ class Chunk:
 
     @property
     def all_verified(self) -> bool:
-        """Whether every piece has been checked by this process or was written by it."""
+        """Whether every piece has been checked by this process."""
         return self.verified == (1 << (len(self.sums) // files.SUM_BYTES)) - 1
 
 
@@ -99,14 +101,16 @@ class Store:
         metrics: Gauges and counters.
         holder: Who opens it, for the message to the next one who tries.
         budget: Bytes in flight that eviction keeps room for.
+        keeps: ``False``: keep nothing, whatever the limits; every read is served from memory.
 
     Raises:
         CacheError: Not writable, held by another daemon, too small, or of another format.
     """
 
-    def __init__(self, *, config: StoreConfig, metrics: Metrics, holder: str, budget: int) -> None:
+    def __init__(self, *, config: StoreConfig, metrics: Metrics, holder: str, budget: int, keeps: bool = True) -> None:
         self.directory = Path(config.cache_dir)
         self._config = config
+        self._keeps = keeps
         self._metrics = metrics
         files.prepare(self.directory)
         self._lock = self._take_lock(holder)
@@ -125,12 +129,14 @@ class Store:
         self.pressure = trio.Event()
         self.on_complete: list[Callable[[StoredObject], None]] = []
         self.on_evict: list[Callable[[StoredObject, list[int]], None]] = []
+        self.disk_error = ""
+        self._seldom = Seldom(_COMPLAINT_SECONDS)
         self.demand_waits = False
         self.room_since = 0.0
         self._disk_limit = 0
         self._space_checked = 0.0
         self.refresh_space()
-        if self.limit_bytes < CHUNK_BYTES and self.resident_bytes == 0:
+        if keeps and self.limit_bytes < CHUNK_BYTES and self.resident_bytes == 0:
             raise CacheError(
                 f"the cache in {self.directory} may hold {max(0, self.limit_bytes) // MIB} MiB, less than one chunk",
                 f"raise --cache-size, lower --min-free or free space: {CHUNK_BYTES // MIB} MiB is the least",
@@ -149,8 +155,9 @@ class Store:
             raise CacheError(
                 f"cache directory {self.directory} is in use by {other}", "give this mount its own --cache-dir"
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"pid {os.getpid()} ({holder})\n".encode(), 0)
+        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"pid {os.getpid()} ({holder})\n".encode(), 0)
         return descriptor
 
     def _open_index(self) -> Index:
@@ -178,14 +185,18 @@ class Store:
         return self._disk_limit
 
     def refresh_space(self) -> None:
-        """Look at the disk again."""
-        room = os.statvfs(self.directory)
+        """Look at the disk again; one that cannot be asked is as it was."""
+        self._space_checked = time.monotonic()
+        try:
+            room = os.statvfs(self.directory)
+        except OSError as error:
+            self.disk_error = str(error.strerror)
+            return
         total, free = room.f_blocks * room.f_frsize, room.f_bavail * room.f_frsize
         cap = self._config.cache_size.of(total)
         # Bytes reserved but not yet written are still free: counting them as well would undercut the floor.
         available = self.resident_bytes + free - self._config.min_free.of(total)
-        self._disk_limit = min(cap, available)
-        self._space_checked = time.monotonic()
+        self._disk_limit = min(cap, available) if self._keeps else 0
         self._metrics.store_limit.set(self._disk_limit)
         self._metrics.store_bytes.set(self.resident_bytes)
 
@@ -195,7 +206,14 @@ class Store:
         """Return the store's view of ``info``, loaded from the index the first time."""
         stored = self._objects.get(info.number)
         if stored is None:
-            stored = self._load(info)
+            try:
+                stored = self._load(info)
+            except lmdb.Error as error:
+                if self._seldom("read"):
+                    log.error(
+                        "the index in %s cannot be read (%s): what it knows is fetched anew", self.directory, error
+                    )
+                stored = StoredObject(info, OrderedDict())
             self._objects[info.number] = stored
         return stored
 
@@ -367,10 +385,11 @@ class Store:
     def added(self, stored: StoredObject, index: int, sums: bytes) -> None:
         """Take a written, reserved chunk as resident; it is served from now on and recorded soon."""
         size = len(stored.info.chunk_range(index))
+        self.disk_error = ""
         self.reserved_bytes -= size
         if index in stored.chunks:
             return
-        chunk = Chunk(sums, (1 << (len(sums) // files.SUM_BYTES)) - 1, durable=False)
+        chunk = Chunk(sums, 0, durable=False)  # what a disk was given it need not give back
         stored.chunks[index] = chunk
         stored.verdict = None
         stored.resident_bytes += size
@@ -384,14 +403,20 @@ class Store:
             for tell in self.on_complete:
                 tell(stored)
 
+    @property
+    def skip_reason(self) -> str:
+        """Why there is no room for a chunk: the word for the metric."""
+        return "no_room" if self._keeps else "disk_error"
+
     def disk_failed(self, error: OSError) -> str:
         """Note a failed write; return the reason word for the metric."""
         self.refresh_space()
         self.pressure.set()
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            return "disk_full"
-        log.error("the cache disk at %s failed (%s): reads go on without it", self.directory, error.strerror)
-        return "disk_error"
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        self.disk_error = str(error.strerror)
+        if self._seldom(error.errno):
+            log.error("the cache disk at %s failed (%s): reads go on without it", self.directory, error.strerror)
+        return "disk_full" if full else "disk_error"
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Commit finished chunks until cancelled, then commit once more."""
@@ -420,7 +445,8 @@ class Store:
             try:
                 await self._commit_batch(objects, dirty, used)
             except (OSError, lmdb.Error) as error:
-                log.error("the index in %s could not be written (%s): tried again", self.directory, error)
+                if self._seldom("index"):
+                    log.error("the index in %s could not be written (%s): tried again", self.directory, error)
                 # What was evicted meanwhile is not recorded any more.
                 again = {key: entry for key, entry in dirty.items() if entry[0].chunks.get(key[1]) is entry[1]}
                 self._dirty, self._used = again | self._dirty, used | self._used
@@ -498,13 +524,14 @@ class Store:
                 try:
                     await trio.to_thread.run_sync(self._evict_sync, stored, victims, not force)
                 except (OSError, lmdb.Error) as error:
-                    log.error("cannot evict from %s: %s", self.directory, error)
+                    if self._seldom("evict"):
+                        log.error("cannot evict from %s: %s", self.directory, error)
                 finally:
                     stored.evicting.difference_update(victims)
         # No checkpoint between this check and the unlink: whoever opens the file next makes a new one.
         if not stored.chunks and not stored.users and not stored.evicting:
             self._close_descriptor(stored)
-            files.data_path(self.data_directory, stored.info.number).unlink(missing_ok=True)
+            self._unlink(stored.info.number)
         freed = sum(len(stored.info.chunk_range(index)) for index in victims)
         self.resident_bytes -= freed
         self.evicted_bytes += freed
@@ -512,13 +539,28 @@ class Store:
         self._metrics.store_bytes.set(self.resident_bytes)
         return freed
 
+    def _unlink(self, number: int) -> None:
+        try:
+            files.data_path(self.data_directory, number).unlink(missing_ok=True)
+        except OSError as error:
+            if self._seldom("unlink"):
+                log.error("cannot remove a file from %s: %s", self.data_directory, error.strerror)
+
     def _evict_sync(self, stored: StoredObject, victims: list[int], punch: bool) -> None:
-        """Forget first, punch second: a crash in between leaves unrecorded bytes, never a record without bytes."""
-        self._index.forget(stored.info.number, victims)
-        if not punch:
-            return
+        """Forget first, punch second: a crash in between leaves unrecorded bytes, never a record without bytes.
+
+        But for a disk so full that the index cannot be written: there room is made first. The file's changed time and
+        the checksums then tell of what is gone.
+        """
         path = files.data_path(self.data_directory, stored.info.number)
-        files.punch(path, [stored.info.chunk_range(index) for index in victims])
+        spans = [stored.info.chunk_range(index) for index in victims] if punch else []
+        try:
+            self._index.forget(stored.info.number, victims)
+        except lmdb.Error:
+            files.punch(path, spans)
+            self._index.forget(stored.info.number, victims)
+        else:
+            files.punch(path, spans)
 
     def least_recent(self, limit: int, after: tuple[int, int]) -> list[tuple[int, int]]:
         """Return ``(used, number)`` pairs in order of eviction; see ``Index.least_recent``."""
@@ -541,8 +583,8 @@ class Store:
     def backing_descriptor(self, stored: StoredObject) -> int | None:
         """Return a new read-only descriptor of a complete, trusted data file, or ``None``.
 
-        Trusted: checked or written by this process, or recorded durably and not touched since. Beyond that
-        point a passed-through file is as sound as any file on that disk.
+        Trusted: written by this process or recorded durably, and not touched since, or checked by this process. Beyond
+        that point a passed-through file is as sound as any file on that disk.
         """
         if not stored.info.size or not stored.complete or stored.evicting:
             return None
@@ -556,11 +598,15 @@ class Store:
 
     async def recover(self) -> None:
         """Free what a crash left behind: data files without a record. Runs beside serving."""
-        orphans = await trio.to_thread.run_sync(self._orphans_sync)
+        try:
+            orphans = await trio.to_thread.run_sync(self._orphans_sync)
+        except (OSError, lmdb.Error) as error:
+            log.error("cannot look for what a crash left in %s: %s", self.data_directory, error)
+            return
         # What this process has opened since is not an orphan; no checkpoint until they are gone.
         orphans = [number for number in orphans if number not in self._objects]
         for number in orphans:
-            files.data_path(self.data_directory, number).unlink(missing_ok=True)
+            self._unlink(number)
         if orphans:
             log.info("removed %d data files without a record", len(orphans))
 

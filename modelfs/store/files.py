@@ -146,7 +146,7 @@ def punch(path: Path, spans: list[ByteRange]) -> None:
 
 
 def prepare(directory: Path) -> None:
-    """Make the directory private and writable.
+    """Make the directory private and writable; one that is merely full will do.
 
     Raises:
         CacheError: It cannot be made or written.
@@ -155,8 +155,12 @@ def prepare(directory: Path) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.chmod(0o700)
         probe = directory / ".probe"
-        probe.write_bytes(b"x")
-        probe.unlink()
+        try:
+            probe.write_bytes(b"x")
+            probe.unlink()
+        except OSError as error:
+            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+                raise
     except OSError as error:
         raise CacheError(
             f"cache directory {directory} cannot be used ({error.strerror})", "choose a writable --cache-dir"

@@ -149,6 +149,7 @@ def test_several_sources_are_directories(bucket, mounted):
     assert (mount.path / "other" / "f").read_bytes() == b"2"
 
 
+@pytest.mark.nightly
 def test_ten_thousand_keys(bucket, mounted):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: bucket.put(f"p/file-{number}", b""), range(10_000)))
@@ -203,6 +204,7 @@ def test_direct_io_reader(bucket, mounted):
         os.close(descriptor)
 
 
+@pytest.mark.nightly
 def test_small_object_with_a_large_sparse_sibling(bucket, mounted):
     """An object beyond 5 GiB: ends and middle, without fetching the rest."""
     size = 5 * 1024 * MIB + CHUNK_BYTES + 9

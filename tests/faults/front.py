@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ _PIECE = 64 * 1024
 
 @dataclass(eq=False)
 class Exchange:
-    """One request; ``start`` and ``stop`` are the range it asks for."""
+    """One request; ``number`` counts those for ranges of this object, from 1."""
 
     front: "Front"
     client: socket.socket
@@ -96,7 +97,7 @@ class Front:
     faults: Callable[[Exchange], Fault | None] = lambda exchange: None
     url: str = ""
     injected: int = 0
-    gets: int = 0
+    gets: Counter[str] = field(default_factory=Counter)
     down: bool = False
     stopping: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -147,8 +148,9 @@ class Front:
         fault = None
         if exchange.method == "GET" and exchange.range is not None:
             with self.lock:
-                self.gets += 1
-                exchange.number = self.gets
+                path = exchange.target.partition("?")[0]
+                self.gets[path] += 1
+                exchange.number = self.gets[path]
                 fault = self.faults(exchange)
                 self.injected += fault is not None
         if fault is None:

@@ -142,6 +142,8 @@ class Worker:
         if not self._start["without_cache"]:
             try:
                 store = Store(config=config, metrics=self._metrics, holder=holder, budget=budget)
+                if not self._start["mounted"]:
+                    store.check_room()
             except (CacheError, OSError, lmdb.Error) as error:
                 if not self._start["mounted"]:
                     raise
@@ -269,6 +271,7 @@ class Worker:
                     log.info("the listing changed: %d files", tree.file_count)
                     self._view.tree = tree
                     self._prefetch.start(tree)
+                    self._verification.look_again()
             await trio.sleep(_REFRESH_PAUSE_SECONDS)
 
     # -- serving ------------------------------------------------------------------------------------
@@ -290,7 +293,7 @@ class Worker:
         descriptor, table = descriptors
         opens = OpenTable(table)
         tuning = Tuning(**connect["tuning"])
-        self._verification = self._make_verification(descriptor)
+        self._verification = self._make_verification()
         data_path = DataPath(
             view=self._view,
             store=self._store,
@@ -333,14 +336,10 @@ class Worker:
         finally:
             pyfuse3.close(unmount=False)
 
-    def _make_verification(self, kernel: int) -> Verification:
+    def _make_verification(self) -> Verification:
         async def ask_store(info: ObjectInfo) -> Digest | None:
             found = [origin for origin in self._origins.values() if origin.name == info.id.origin]
             return await trio.to_thread.run_sync(found[0].digest, info) if found else None
-
-        async def invalidate(inode: int) -> None:
-            with contextlib.suppress(OSError):  # a file that nobody has looked up is not known to the kernel
-                await trio.to_thread.run_sync(os.write, kernel, protocol.invalidation(inode))
 
         return Verification(
             mode=self._config.fetch.verify,
@@ -348,8 +347,7 @@ class Worker:
             fetch=self._fetch,
             ask_store=ask_store,
             tree=lambda: self._view.tree,
-            quiet=lambda: self._fetch.idle and time.monotonic() > self._loads.last + QUIET_SECONDS,
-            invalidate=invalidate,
+            quiet=lambda: not self._fetch.busy and time.monotonic() > self._loads.last + QUIET_SECONDS,
             metrics=self._metrics,
         )
 

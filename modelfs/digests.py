@@ -14,8 +14,10 @@ from typing import Protocol
 
 VERIFIED, BAD, UNKNOWN = "verified", "bad", "unknown"
 """What is known of a complete file: it matches its digest, it does not, or nobody has published one."""
-_SUM_LINE = re.compile(r"\\?(?P<value>[0-9a-fA-F]{64})(?:[ \t]+\*?(?P<name>\S.*?))?\s*")
-_BSD_LINE = re.compile(r"SHA256 ?\((?P<name>.+)\) ?= ?(?P<value>[0-9a-fA-F]{64})\s*")
+_SUM_LINE = re.compile(r"\\?(?P<value>[0-9a-fA-F]{64})(?:[ \t]+\*?(?P<name>\S.*))?")
+_BSD_LINE = re.compile(r"SHA256 ?\((?P<name>.+)\) ?= ?(?P<value>[0-9a-fA-F]{64})")
+_LINE_LIMIT = 8192
+"""Longer lines are no entries: a path has at most 4096 bytes."""
 _SUMS_NAMES = re.compile(r"(?:sha256sums?|checksums?)(?:\.txt|\.sha256)?", re.IGNORECASE)
 
 
@@ -102,7 +104,9 @@ def parse_sums(text: str, default: str = "") -> dict[str, str]:
         default: The path that a digest without one belongs to; empty: none.
     """
     found: dict[str, str] = {}
-    for line in text.splitlines():
+    for line in map(str.rstrip, text.splitlines()):
+        if len(line) > _LINE_LIMIT:
+            continue
         match = _SUM_LINE.fullmatch(line) or _BSD_LINE.fullmatch(line)
         if match:
             name = (match["name"] or default).removeprefix("./")

@@ -285,19 +285,28 @@ class DataPath:
 
     # -- opens --------------------------------------------------------------------------------------
 
-    def open(self, inode: int, *, direct: bool) -> None:
+    def open(self, inode: int, *, direct: bool) -> bool:
         """See ``Handler.open``."""
-        if inode not in self._view.open:
-            self._open_first(inode)
+        stored = self._find(inode)
+        keep = self._verification.opened(stored)
+        self._hold(inode, stored)
         if direct:
             self._prefetch.skip_pages()
+        return keep
 
-    def _open_first(self, inode: int) -> None:
+    def reopen(self, inode: int) -> None:
+        """See ``Handler.reopen``."""
+        self._hold(inode, self._find(inode))
+
+    def _find(self, inode: int) -> StoredObject:
         info = self._view.info(inode) or self._store.known_object(inode)
         if info is None:
             raise ObjectChangedError(f"inode {inode} is no longer in the listing", "open the path again")
-        stored = self._store.object(info)
-        self._verification.opened(stored)
+        return self._store.object(info)
+
+    def _hold(self, inode: int, stored: StoredObject) -> None:
+        if inode in self._view.open:
+            return
         self._store.acquire(stored)
         self._store.touch(stored, range(0))
         self._view.open[inode] = stored

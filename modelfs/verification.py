@@ -12,8 +12,9 @@ not handed to the kernel before it is verified, and a bad one is refused. Owned 
 import functools
 import logging
 import os
+import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import trio
@@ -41,22 +42,31 @@ from modelfs.tree import Directory, File, Tree
 
 log = logging.getLogger(__name__)
 
-SUMS_LIMIT_BYTES = 16 * 1024 * 1024
+SUMS_LIMIT_BYTES = 4 * 1024 * 1024
 """A list of digests beyond this is not read."""
+AGAIN_SECONDS = 60.0
+"""After a digest could not be had, as while the store is away."""
 HUB_DIRECTORY = ".cache/huggingface/download"
 PAUSE_SECONDS = 1.0
 DETAILS = 1000
 """Most files named in one report; the counts cover all."""
 _LISTS_KEPT = 64
+_BATCH = 64
+"""Files looked at before the loop gets a turn."""
 
 
 @dataclass(slots=True)
 class _Wanted:
-    """A file to be hashed. ``asked``: someone waits for it, so that it does not wait for a quiet moment."""
+    """A file to be hashed: at once if it is ``asked`` for, else when it is quiet.
+
+    ``anew``: also if it has been judged by the same digest. ``not_before`` is in monotonic seconds.
+    """
 
     stored: StoredObject
     asked: bool
-    hashed: int = field(default=0)
+    anew: bool = False
+    hashed: int = 0
+    not_before: float = 0.0
 
 
 class Verification:
@@ -69,7 +79,6 @@ class Verification:
         ask_store: Asks the object store for an object's digest.
         tree: Returns the current tree.
         quiet: Whether nothing is being read or downloaded, so that hashing is in nobody's way.
-        invalidate: Makes the kernel forget a file's pages.
         metrics: Counters.
     """
 
@@ -82,7 +91,6 @@ class Verification:
         ask_store: Callable[[ObjectInfo], Awaitable[Digest | None]],
         tree: Callable[[], Tree],
         quiet: Callable[[], bool],
-        invalidate: Callable[[int], Awaitable[None]],
         metrics: Metrics,
     ) -> None:
         self._mode = mode
@@ -91,19 +99,22 @@ class Verification:
         self._ask_store = ask_store
         self._tree = tree
         self._quiet = quiet
-        self._invalidate = invalidate
         self._metrics = metrics
         self._wanted: dict[int, _Wanted] = {}
         self._current: _Wanted | None = None
         self._refetched: set[int] = set()
         self._awaited: set[int] = set()
+        self._damaged: set[int] = set()
+        self._stale: set[int] = set()
+        self._unseen = False
         self._lists: dict[int, dict[str, str]] = {}
         self._work = trio.Event()
+        store.on_complete.append(self._want_by_itself)
 
     # -- what others ask ----------------------------------------------------------------------------
 
-    def opened(self, stored: StoredObject) -> None:
-        """Note that a file is opened.
+    def opened(self, stored: StoredObject) -> bool:
+        """Note that a file is opened; return whether the kernel may keep what it has of it in the page cache.
 
         Raises:
             IntegrityError: It is bad, and bad files are refused.
@@ -111,6 +122,9 @@ class Verification:
         if self.refuses(stored):
             raise self._refusal(stored)
         self._want_by_itself(stored)
+        keep = stored.info.number not in self._stale
+        self._stale.discard(stored.info.number)
+        return keep
 
     def refuses(self, stored: StoredObject) -> bool:
         """Return whether reads of a file are to fail."""
@@ -126,55 +140,77 @@ class Verification:
             stored = self._store.object(file.info)
             if stored.complete:
                 self._refetched.discard(file.info.number)
-                self._want(stored, asked=True)
+                self._damaged.discard(file.info.number)
+                self._want(stored, asked=True, anew=True)
+
+    def look_again(self) -> None:
+        """Look through all files when it is quiet: digests may have been added or mended."""
+        self._unseen = self._mode != "off"
+        self._work.set()
 
     def report(self, path: str) -> dict[str, Any]:
         """Return how it stands with the files under ``path``.
 
         ``counts`` by state (``pending``: to be hashed), how many are ``awaited`` because they are being fetched once
-        more, ``hashed`` of ``size`` bytes, and ``details`` of those that are not verified.
+        more, ``hashed`` of ``size`` bytes, all ``resident`` ones, and ``details`` of files that are not verified.
         """
         pending = dict.fromkeys(self._wanted, 0)
         if self._current is not None:
             pending[self._current.stored.info.number] = self._current.hashed
         counts = dict.fromkeys((VERIFIED, BAD, UNKNOWN, "pending", "unverified", "partial"), 0)
-        size = hashed = awaited = 0
+        size = hashed = awaited = resident = 0
         details: list[dict[str, Any]] = []
         for file in self._tree().under(path):
             stored = self._store.object(file.info)
             state = "pending" if file.inode in pending else state_of(stored)
             counts[state] += 1
             awaited += file.inode in self._awaited
+            resident += stored.resident_bytes
             if state != "partial":
                 size += file.info.size
                 hashed += pending.get(file.inode, file.info.size)
             if state != VERIFIED and len(details) < DETAILS:
                 digest = stored.verdict.digest if stored.verdict else None
                 details.append({"path": file.path, "state": state, "source": digest.source if digest else ""})
-        return {"counts": counts, "awaited": awaited, "size": size, "hashed": hashed, "details": details}
+        return {
+            "counts": counts,
+            "awaited": awaited,
+            "size": size,
+            "hashed": hashed,
+            "resident": resident,
+            "details": details,
+        }
 
     def _want_by_itself(self, stored: StoredObject) -> None:
-        if stored.complete and stored.verdict is None and (self._mode != "off" or stored.info.number in self._awaited):
-            self._want(stored, asked=self._mode == "strict" or stored.info.number in self._awaited)
+        awaited = stored.info.number in self._awaited
+        hashes = awaited or (self._mode != "off" and stored.info.number not in self._damaged)
+        if hashes and stored.complete and stored.verdict is None:
+            self._want(stored, asked=awaited or self._mode == "strict")
 
-    def _want(self, stored: StoredObject, *, asked: bool) -> None:
+    def _want(self, stored: StoredObject, *, asked: bool, anew: bool = False) -> None:
         wanted = self._wanted.setdefault(stored.info.number, _Wanted(stored, asked))
-        wanted.asked = wanted.asked or asked
+        wanted.asked, wanted.anew = wanted.asked or asked, wanted.anew or anew
         self._work.set()
 
     # -- hashing ------------------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Hash what is wanted until cancelled."""
-        self._store.on_complete.append(self._want_by_itself)
         task_status.started()
+        self.look_again()
         while True:
             await self._work.wait()
             self._work = trio.Event()
-            while self._wanted:
-                ready = next((wanted for wanted in self._wanted.values() if wanted.asked or self._quiet()), None)
+            while self._wanted or self._unseen:
+                now, quiet = time.monotonic(), self._quiet()
+                due = (wanted for wanted in self._wanted.values() if wanted.not_before <= now)
+                ready = next((wanted for wanted in due if wanted.asked or quiet), None)
                 if ready is None:
-                    await trio.sleep(PAUSE_SECONDS)
+                    if quiet and self._unseen:
+                        await self._look_through()
+                    with trio.move_on_after(PAUSE_SECONDS):
+                        await self._work.wait()
+                    self._work = trio.Event()
                     continue
                 self._current = self._wanted.pop(ready.stored.info.number)
                 self._awaited.discard(ready.stored.info.number)
@@ -182,14 +218,29 @@ class Verification:
                     await self._verify(ready)
                 except ModelfsError as error:
                     log.warning("%s is not verified: %s", ready.stored.info.id.key, error)
+                    if self._mode != "off":
+                        later = _Wanted(ready.stored, asked=False, not_before=now + AGAIN_SECONDS)
+                        self._wanted.setdefault(ready.stored.info.number, later)
                 finally:
                     self._current = None
 
+    async def _look_through(self) -> None:
+        self._unseen = False
+        for count, file in enumerate(list(self._tree().root.walk())):
+            if count % _BATCH == 0:
+                await trio.sleep(0)
+            stored = self._store.object(file.info)
+            if stored.complete and (stored.verdict is None or stored.verdict.state != VERIFIED):
+                self._want(stored, asked=False)
+
     async def _verify(self, wanted: _Wanted) -> None:
         stored = wanted.stored
+        changes = stored.changes
         digest = await self._digest(stored.info)
+        if stored.verdict is not None and stored.verdict.digest == digest and not wanted.anew:
+            return  # it has been judged by just this
         if digest is None:
-            await self._settle(stored, Verdict(UNKNOWN))
+            await self._settle(stored, Verdict(UNKNOWN), changes)
             return
         with self._store.using(stored):
             value = await self._hash(wanted, ALGORITHMS[digest.algorithm]())
@@ -197,11 +248,12 @@ class Verification:
             return  # evicted or damaged meanwhile
         if value == digest.value:
             self._refetched.discard(stored.info.number)
-            await self._settle(stored, Verdict(VERIFIED, digest))
+            await self._settle(stored, Verdict(VERIFIED, digest), changes)
             return
         key, number = stored.info.id.key, stored.info.number
         log.error("%s of %s is %s, but %s says %s", digest.algorithm, key, value, digest.source, digest.value)
-        if number not in self._refetched:
+        self._stale.add(number)
+        if number not in self._refetched and stored.info.size:
             self._refetched.add(number)
             self._metrics.verified_files.labels(result="refetched").inc()
             log.error("%s is dropped and fetched once more", key)
@@ -209,13 +261,13 @@ class Verification:
             self._fetch_again(stored, ByteRange(0, stored.info.size))
         else:
             fate = "reads of it fail" if self._mode == "strict" else "it is served; --verify strict would refuse it"
-            log.error("%s was fetched twice and is bad: %s", key, fate)
-            await self._settle(stored, Verdict(BAD, digest))
-        await self._invalidate(number)
+            log.error("%s is bad, also after it was fetched once more: %s", key, fate)
+            await self._settle(stored, Verdict(BAD, digest), changes)
 
-    async def _settle(self, stored: StoredObject, verdict: Verdict) -> None:
+    async def _settle(self, stored: StoredObject, verdict: Verdict, changes: int) -> None:
         self._metrics.verified_files.labels(result=verdict.state).inc()
-        await self._store.judge(stored, verdict)
+        self._damaged.discard(stored.info.number)
+        await self._store.judge(stored, verdict, changes)
 
     async def _hash(self, wanted: _Wanted, hasher: Hasher) -> str | None:
         """Return the digest of the stored bytes, or ``None`` where some are gone or damaged (and dropped)."""
@@ -245,7 +297,9 @@ class Verification:
             finally:
                 self._store.unpin(stored, pinned)
             await self._store.discard(stored, index, str(failure))
-            self._fetch_again(stored, span)
+            if stored.info.number not in self._damaged:  # a disk that damages it again is left to its readers
+                self._damaged.add(stored.info.number)
+                self._fetch_again(stored, span)
             return None
         return hasher.hexdigest()
 
@@ -258,7 +312,7 @@ class Verification:
         digest = stored.verdict.digest if stored.verdict else None
         source = digest.source if digest else "its digest"
         return IntegrityError(
-            f"{stored.info.id.key} does not match {source}", "upload it again, or mount without --verify strict"
+            f"{stored.info.id.key} does not match {source}", "upload it again, or mend that and run modelfs verify"
         )
 
     # -- digests ------------------------------------------------------------------------------------
@@ -301,7 +355,9 @@ class Verification:
         if found is None:
             if len(self._lists) >= _LISTS_KEPT:
                 self._lists.clear()
-            found = self._lists[sums.inode] = parse_sums(await self._text(sums), default)
+            text = await self._text(sums)
+            found = await trio.to_thread.run_sync(in_background, functools.partial(parse_sums, text, default))
+            self._lists[sums.inode] = found
         return found
 
     async def _hub_digest(self, directory: Directory, relative: str) -> str | None:

@@ -4,6 +4,7 @@ import random
 import tempfile
 import time
 
+import lmdb
 import pytest
 import trio
 from hypothesis import settings
@@ -289,6 +290,56 @@ async def test_orphans_are_removed_beside_serving(tmp_path):
     await store.recover()
     assert not orphan.exists()
     assert files.data_path(tmp_path / "data", item.number).exists()
+    store.close()
+
+
+async def test_what_cannot_be_forgotten_is_never_trusted(tmp_path, monkeypatch):
+    """On a full disk a record may outlive its bytes; the next commit must not make the file look whole."""
+    store, item = open_store(tmp_path), info("k", 2 * CHUNK_BYTES)
+    put(store, item, 0)
+    put(store, item, 1)
+    await store.commit()
+
+    def full(*arguments):
+        raise lmdb.DiskError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._index, "forget", full)
+        await store.evict(store.object(item), [0], "limit")
+    put(store, item, 0)
+    await store.evict(store.object(item), [0], "limit")
+    put(store, info("other"), 0)
+    await store.commit()
+    store.close()
+    again = open_store(tmp_path)
+    assert list(again.object(item).chunks) == [1]
+    again.close()
+
+
+async def test_a_file_written_by_others_is_not_trusted_after_another_chunk_came(tmp_path):
+    store, item = open_store(tmp_path), info("k", 2 * CHUNK_BYTES)
+    put(store, item, 0)
+    await store.commit()
+    store.close()
+    with files.data_path(tmp_path / "data", item.number).open("r+b") as file:
+        file.write(b"rotten")
+    store = open_store(tmp_path)
+    put(store, item, 1)
+    await store.commit()
+    store.close()
+    again = open_store(tmp_path)
+    stored = again.object(item)
+    assert stored.complete
+    assert again.backing_descriptor(stored) is None
+    again.close()
+
+
+async def test_headroom_follows_the_disk(tmp_path):
+    store = open_store(tmp_path, size=100 * CHUNK_BYTES, budget=8 * CHUNK_BYTES)
+    store._disk_limit = -5 * CHUNK_BYTES
+    assert store.headroom_bytes == 0
+    store._disk_limit = 100 * CHUNK_BYTES
+    assert store.headroom_bytes == 8 * CHUNK_BYTES
     store.close()
 
 

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _follow(mount: Mount, relative: str, path: str) -> dict[str, Any]:
     """Begin, show progress, and return the last report."""
     progress = Progress(f"verify {path}")
-    best, best_at = (-1, -1), time.monotonic()
+    best, best_at = (-1, -1, -1), time.monotonic()
     command = "verify"
     while True:
         _, report = ask(mount, "POST", f"/v1/{command}", {"path": relative})
@@ -66,8 +66,9 @@ def _follow(mount: Mount, relative: str, path: str) -> dict[str, Any]:
         progress.show(report["hashed"], report["size"], last=not waiting)
         if not waiting:
             return report
-        if (report["hashed"], -waiting) != best:
-            best, best_at = (report["hashed"], -waiting), time.monotonic()
+        progressed = (report["hashed"], report["resident"], -waiting)
+        if progressed != best:
+            best, best_at = progressed, time.monotonic()
         elif time.monotonic() - best_at > _STALL_SECONDS:
             raise NotReadyError(f"hashing {path} stands still", "see the daemon's log")
         time.sleep(_POLL_SECONDS)

@@ -214,6 +214,11 @@ class Fetch:
         """Whether nothing is running, wanted or being written."""
         return not (self._runs or self._demand or self._planner.items or self._writes)
 
+    @property
+    def busy(self) -> bool:
+        """Whether something is running, waited for or being written; what is only planned may stay so for long."""
+        return bool(self._runs or self._demand or self._writes)
+
     def statistics(self) -> dict[str, float]:
         """Return the engine's current numbers."""
         return {
@@ -384,13 +389,7 @@ class Fetch:
         waiters = self._demand_waiters.get(key, [])
         demand = run.demand or bool(waiters)
         span = run.stored.info.chunk_range(index)
-        # A slow disk must not hold back readers: with most buffers waiting for it, demand is not stored.
-        keep = not demand or self._writes < self._pool.capacity * 3 // 4
-        reserved = (
-            keep
-            and index not in run.stored.evicting
-            and self._store.reserve(len(span), since=None if demand else run.since)
-        )
+        reserved = self._reserve(run, index, demand=demand)
         run.refused = not reserved and not demand
         if run.refused:
             return None
@@ -408,6 +407,16 @@ class Fetch:
         active.refs = len(active.waiters)
         active.needed = min((waiter.needed for waiter in active.waiters), default=CHUNK_BYTES + 1)
         return active
+
+    def _reserve(self, run: Run, index: int, *, demand: bool) -> bool:
+        """Set room in the store aside for a chunk.
+
+        A slow disk must not hold back readers: with most buffers waiting for it, demand is not stored.
+        """
+        if index in run.stored.evicting or (demand and self._writes >= self._pool.capacity * 3 // 4):
+            return False
+        size = len(run.stored.info.chunk_range(index))
+        return self._store.reserve(size, since=None if demand else run.since)
 
     async def _run(self, run: Run, first: Active) -> None:
         """Own one run from its first buffer to its end."""
@@ -510,6 +519,8 @@ class Fetch:
         if not active.demand:
             self._metrics.prefetch_bytes.inc(len(active.span))
         self.wake(active)
+        if not active.reserved:
+            active.reserved = self._reserve(run, active.index, demand=active.demand)  # there may be room by now
         if not active.reserved:
             reason = self._store.skip_reason if self._writes < self._pool.capacity * 3 // 4 else "slow_disk"
             self._metrics.store_skipped.labels(reason=reason).inc()

@@ -69,11 +69,15 @@ class Reply:
 class Handler(Protocol):
     """What the front asks of the file system."""
 
-    def open(self, inode: int, *, direct: bool) -> None:
+    def open(self, inode: int, *, direct: bool) -> bool:
         """Note that ``inode`` is open, which it may be already; raise ``ModelfsError`` to refuse.
 
-        ``direct``: its reader goes around the page cache (O_DIRECT).
+        ``direct``: its reader goes around the page cache (O_DIRECT). Returns whether the kernel may keep what it has
+        of the file in its page cache.
         """
+
+    def reopen(self, inode: int) -> None:
+        """Note that ``inode`` was opened through a worker before this one."""
 
     def backing(self, inode: int) -> int | None:
         """Return a descriptor of the complete local file, which the caller closes, or ``None``."""
@@ -164,7 +168,7 @@ class Front:
 
     def _restore(self, inode: int) -> None:
         try:
-            self._handler.open(inode, direct=False)
+            self._handler.reopen(inode)
             self._handler.opened(inode, "passthrough" if self._opens.get(inode).passed else "cached")
         except (ModelfsError, OSError) as error:
             log.warning("an open file is gone, its reads fail: %s", error)
@@ -268,7 +272,7 @@ class Front:
             return
         state = self._opens.get(inode)
         try:
-            self._handler.open(inode, direct=bool(flags & os.O_DIRECT))
+            keep = self._handler.open(inode, direct=bool(flags & os.O_DIRECT))
             if unique != self._opens.last_unique or not (state.cached or state.passed):
                 state = self._count_open(unique, inode, state)
         except ModelfsError as error:
@@ -282,7 +286,8 @@ class Front:
         mode = "passthrough" if passed else "cached"
         reply = protocol.OPEN_OUT.pack(
             inode << 1 | (_PASSED if passed else _CACHED),
-            protocol.FOPEN_NOFLUSH | (protocol.FOPEN_PASSTHROUGH if passed else protocol.FOPEN_KEEP_CACHE),
+            protocol.FOPEN_NOFLUSH
+            | (protocol.FOPEN_PASSTHROUGH if passed else protocol.FOPEN_KEEP_CACHE if keep else 0),
             state.backing,
         )
         self._metrics.fuse_opens.labels(mode=mode).inc()

@@ -28,8 +28,6 @@ READ_IN = struct.Struct("=QQIIQII")
 RELEASE_IN = struct.Struct("=QIIQ")
 # struct fuse_getxattr_in: size, padding; the NUL-ended name follows
 GETXATTR_IN = struct.Struct("=II")
-# struct fuse_notify_inval_inode_out: ino, off, len (0: to the end)
-INVAL_INODE = struct.Struct("=Qqq")
 # struct fuse_backing_map (7.40): fd, flags, padding
 BACKING_MAP = struct.Struct("=iIQ")
 
@@ -86,7 +84,6 @@ FOPEN_KEEP_CACHE = 1 << 1
 FOPEN_NOFLUSH = 1 << 5  # 7.35
 FOPEN_PASSTHROUGH = 1 << 7  # 7.40
 
-NOTIFY_INVAL_INODE = 2  # 7.12
 NOTIFY_RESEND = 7  # 7.40
 UNIQUE_RESEND = 1 << 63  # 7.40: set in ``unique`` of a request that is sent again
 
@@ -178,15 +175,6 @@ def synthetic_init() -> bytes:
 def error_reply(unique: int, code: int) -> bytes:
     """Return a reply that carries the positive errno ``code`` (0: success without a body)."""
     return OUT_HEADER.pack(OUT_HEADER.size, -code, unique)
-
-
-def invalidation(inode: int) -> bytes:
-    """Return FUSE_NOTIFY_INVAL_INODE for all of a file's pages.
-
-    The kernel waits for pages that are being read: a thread that answers reads must not send it.
-    """
-    body = INVAL_INODE.pack(inode, 0, 0)
-    return OUT_HEADER.pack(OUT_HEADER.size + len(body), NOTIFY_INVAL_INODE, 0) + body
 
 
 def resend_notification() -> bytes:

@@ -277,6 +277,8 @@ class Supervisor:
             message = _receive(channel) if channel.fileno() in ready else b"{}"
             if not message:
                 code = worker.wait()
+                if code == -signal.SIGBUS:
+                    self._fruitless = _FRUITLESS_STARTS  # the index is a mapped file, and its disk cannot be read
                 return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
             for kind, value in json.loads(message).items():
                 if kind in {"serving", "beat"}:
@@ -333,7 +335,9 @@ class Supervisor:
                 worker.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 worker.kill()
-                worker.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    # Not even SIGKILL ends a thread that waits for a broken disk; the next worker does not wait for it.
+                    worker.wait(STOP_SECONDS)
 
     # -- the mount ----------------------------------------------------------------------------------
 

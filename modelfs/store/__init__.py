@@ -67,7 +67,8 @@ class StoredObject:
     ``chunks`` is in order of last use once the object is open. ``users`` counts opens and downloads;
     ``passed`` says that the kernel reads the file without us, so that no hole may be punched; ``copied`` that
     it is open and its readers get their bytes through us; ``untouched`` that nobody but modelfs has written the
-    data file since its chunks were recorded. ``verdict`` is what hashing exactly these bytes showed.
+    data file since its chunks were recorded. ``verdict`` is what hashing exactly these bytes showed; ``changes`` counts
+    chunks that have come and gone, for whoever looks at all of them one after the other.
     """
 
     info: ObjectInfo
@@ -77,6 +78,7 @@ class StoredObject:
     copied: bool = False
     untouched: bool = True
     verdict: Verdict | None = None
+    changes: int = 0
     descriptor: int = -1
     evicting: set[int] = field(default_factory=set)
     resident_bytes: int = 0
@@ -104,12 +106,13 @@ class Store:
         keeps: ``False``: keep nothing, whatever the limits; every read is served from memory.
 
     Raises:
-        CacheError: Not writable, held by another daemon, too small, or of another format.
+        CacheError: Not writable, held by another daemon, or of another format.
     """
 
     def __init__(self, *, config: StoreConfig, metrics: Metrics, holder: str, budget: int, keeps: bool = True) -> None:
         self.directory = Path(config.cache_dir)
         self._config = config
+        self._budget = budget
         self._keeps = keeps
         self._metrics = metrics
         files.prepare(self.directory)
@@ -123,6 +126,7 @@ class Store:
         self._used_known: dict[int, int] = {}
         self._dirty_event = trio.Event()
         self._commit_lock = trio.Lock()
+        self._unforgotten: dict[int, set[int]] = {}
         self.resident_bytes = self._index.resident_bytes()
         self.reserved_bytes = 0
         self.evicted_bytes = 0
@@ -136,12 +140,18 @@ class Store:
         self._disk_limit = 0
         self._space_checked = 0.0
         self.refresh_space()
-        if keeps and self.limit_bytes < CHUNK_BYTES and self.resident_bytes == 0:
+
+    def check_room(self) -> None:
+        """Make sure that the cache can hold anything at all.
+
+        Raises:
+            CacheError: It is too small.
+        """
+        if self.limit_bytes < CHUNK_BYTES and self.resident_bytes == 0:
             raise CacheError(
                 f"the cache in {self.directory} may hold {max(0, self.limit_bytes) // MIB} MiB, less than one chunk",
                 f"raise --cache-size, lower --min-free or free space: {CHUNK_BYTES // MIB} MiB is the least",
             )
-        self.headroom_bytes = min(budget, self.limit_bytes // 4)
 
     # -- opening and closing ------------------------------------------------------------------------
 
@@ -184,6 +194,11 @@ class Store:
         """Largest allowed size now: the configured cap, or what the disk has above the floor."""
         return self._disk_limit
 
+    @property
+    def headroom_bytes(self) -> int:
+        """What eviction keeps free below the limit for bytes in flight."""
+        return max(0, min(self._budget, self._disk_limit // 4))
+
     def refresh_space(self) -> None:
         """Look at the disk again; one that cannot be asked is as it was."""
         self._space_checked = time.monotonic()
@@ -209,10 +224,7 @@ class Store:
             try:
                 stored = self._load(info)
             except lmdb.Error as error:
-                if self._seldom("read"):
-                    log.error(
-                        "the index in %s cannot be read (%s): what it knows is fetched anew", self.directory, error
-                    )
+                self._unreadable(error)
                 stored = StoredObject(info, OrderedDict())
             self._objects[info.number] = stored
         return stored
@@ -237,6 +249,10 @@ class Store:
             stored.verdict = self._index.verdict(info.number)
         return stored
 
+    def _unreadable(self, error: lmdb.Error) -> None:
+        if self._seldom("read"):
+            log.error("the index in %s cannot be read (%s): what it knows is fetched anew", self.directory, error)
+
     def _data_file_status(self, info: ObjectInfo) -> os.stat_result | None:
         try:
             return files.data_path(self.data_directory, info.number).stat()
@@ -245,7 +261,11 @@ class Store:
 
     def known_object(self, number: int) -> ObjectInfo | None:
         """Return the identity behind a number that is no longer in any listing, if the index has it."""
-        row = self._index.object(number)
+        try:
+            row = self._index.object(number)
+        except lmdb.Error as error:
+            self._unreadable(error)
+            return None
         return row.info if row else None
 
     @contextlib.contextmanager
@@ -392,6 +412,7 @@ class Store:
         chunk = Chunk(sums, 0, durable=False)  # what a disk was given it need not give back
         stored.chunks[index] = chunk
         stored.verdict = None
+        stored.changes += 1
         stored.resident_bytes += size
         self.resident_bytes += size
         self._metrics.store_bytes.set(self.resident_bytes)
@@ -474,19 +495,24 @@ class Store:
     def _commit_sync(self, descriptors: dict[int, int], chunks: list[NewChunk], used: dict[int, int]) -> None:
         """Record what is durable, and each file's time of change.
 
-        Only we write the file: an equal time at the next start says that nobody else did.
+        Only we write the file: an equal time at the next start says that nobody else did. A file that somebody else
+        did write has no such time any more.
         """
+        self._forget_sync()
         stamps = {}
         for number, descriptor in descriptors.items():
-            stamps[number] = os.fstat(descriptor).st_mtime_ns
+            stamps[number] = os.fstat(descriptor).st_mtime_ns if self._objects[number].untouched else 0
             os.fdatasync(descriptor)
         self._index.record(chunks, used, stamps)
 
-    async def judge(self, stored: StoredObject, verdict: Verdict) -> None:
-        """Keep what hashing a complete object showed, until one of its chunks is another."""
+    async def judge(self, stored: StoredObject, verdict: Verdict, changes: int) -> None:
+        """Keep what hashing a complete object showed, until one of its chunks is another.
+
+        ``changes`` is what it was when the hashing began: a chunk may have been replaced meanwhile.
+        """
         await self.commit()
         async with self._commit_lock:
-            if not stored.complete:
+            if not stored.complete or stored.changes != changes:
                 return
             stored.verdict = verdict
             if stored.chunks and all(chunk.durable for chunk in stored.chunks.values()):
@@ -511,6 +537,7 @@ class Store:
             # No checkpoint between this check and the removal: a reader after it sees a miss.
             del stored.chunks[index]
             stored.verdict = None
+            stored.changes += 1
             self._dirty.pop((stored.info.number, index), None)
             stored.evicting.add(index)
             stored.resident_bytes -= len(stored.info.chunk_range(index))
@@ -557,10 +584,17 @@ class Store:
         try:
             self._index.forget(stored.info.number, victims)
         except lmdb.Error:
+            self._unforgotten.setdefault(stored.info.number, set()).update(victims)
             files.punch(path, spans)
-            self._index.forget(stored.info.number, victims)
+            self._forget_sync()
         else:
             files.punch(path, spans)
+
+    def _forget_sync(self) -> None:
+        """Remove records that could not be removed when their bytes went; before anything else is recorded."""
+        for number, indices in list(self._unforgotten.items()):
+            self._index.forget(number, indices)
+            del self._unforgotten[number]
 
     def least_recent(self, limit: int, after: tuple[int, int]) -> list[tuple[int, int]]:
         """Return ``(used, number)`` pairs in order of eviction; see ``Index.least_recent``."""
@@ -636,7 +670,11 @@ class Store:
 
     def trace(self, name: str) -> bytes | None:
         """Return the text kept under ``name``, or ``None``."""
-        return self._index.trace(name)
+        try:
+            return self._index.trace(name)
+        except lmdb.Error as error:
+            self._unreadable(error)
+            return None
 
     async def save_trace(self, name: str, text: bytes) -> None:
         """Keep the order of a load for the next one."""

@@ -84,7 +84,7 @@ def test_one_wrong_byte_on_the_way_is_found_and_fetched_again(bucket, mounted, f
         assert done.returncode == 0, (done.stderr, mount.log)
         assert "1 verified, 0 bad" in done.stdout
     assert digest_of(mount) == "verified"
-    assert (mount.path / NAME).read_bytes() == DATA, "nor does the kernel keep pages of it"
+    assert (mount.path / NAME).read_bytes() == DATA, "nor does the kernel keep pages of it once it is opened again"
     metrics = mount.metrics()
     assert metrics['modelfs_verified_files_total{result="refetched"}'] == 1
     assert f"{NAME}.sha256 says {SHA256}" in mount.log
@@ -107,12 +107,18 @@ def test_strict_refuses_what_does_not_match_twice(bucket, mounted, table):
         assert mapped[:] == DATA, "served while it streams"
     wait_for_digest(mount, "bad")
     seconds = time.monotonic() - began
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    with pytest.raises(OSError, match="Input/output"):
+        os.pread(file, 4096, 0)
+    with pytest.raises(OSError, match="Input/output"):
+        (mount.path / NAME).open("rb")
+    mount.kill_worker()
     with pytest.raises(OSError, match="Input/output"):
         os.pread(file, 4096, 0)
     os.close(file)
     with pytest.raises(OSError, match="Input/output"):
         (mount.path / NAME).open("rb")
-    assert "fetched twice and is bad: reads of it fail" in mount.log
+    assert "is bad, also after it was fetched once more: reads of it fail" in mount.log
     done = run("verify", str(mount.path))
     assert done.returncode == 10
     assert "1 files do not match their digest" in done.stderr

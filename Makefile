@@ -9,7 +9,7 @@ export MODELFS_MINISTACK := $(CURDIR)/.venv-ministack/bin/ministack
 BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev pkg-config libfuse3-dev fuse3
 TEST_PACKAGES := radosgw ceph-osd ceph-mon ceph-common util-linux procps openssl
 
-.PHONY: help setup servers demo test nightly check format bench bench-ttft bench-replay bench-ceiling test-engines clean
+.PHONY: help setup servers demo test nightly soak check format bench bench-ttft bench-replay bench-ceiling test-engines clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 16
@@ -43,6 +43,9 @@ test: .venv/.ready servers ## run the tests (real mounts, real S3 servers on loo
 
 nightly: .venv/.ready servers ## the tests that take minutes: 200 kills under load, the watchdog
 	@.venv/bin/pytest -m nightly -s
+
+soak: .venv/.ready servers ## 200 readers, 1000 open files, 100 000 keys: what must stay flat; SOAK="--minutes 60"
+	@.venv/bin/python -m tests.support.soak $(SOAK)
 
 check: .venv/.ready ## formatting, lint, types, layers
 	@.venv/bin/ruff format --check --quiet .

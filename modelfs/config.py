@@ -148,6 +148,7 @@ class OriginConfig:
     region: str = _one("", str, "region of the buckets", "NAME")
     profile: str = _one("", str, "profile of the AWS configuration files", "NAME")
     no_sign_request: bool = _one(False, parse_flag, "anonymous access to public buckets")
+    pin_versions: bool = _one(False, parse_flag, "read by version id, in versioned buckets: what is overwritten stays")
     addressing: str = _one(
         "auto", _choice("auto", "path", "virtual"), "bucket in the path or in the host name", "auto|path|virtual"
     )
@@ -173,6 +174,7 @@ class TreeConfig:
     uid: int = _one(-1, int, "owner of every file (default: the mounting user)", "UID")
     gid: int = _one(-1, int, "group of every file (default: the mounting user's)", "GID")
     umask: int = _one(0o022, parse_octal, "permission bits taken from 0555", "OCTAL")
+    immutable: bool = _one(False, parse_flag, "objects never change: list once, or not at all while the store is away")
     refresh: float = _one(300.0, parse_seconds, "list the bucket again this often; off: never", "SECONDS")
 
 

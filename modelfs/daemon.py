@@ -158,6 +158,10 @@ class Worker:
                 )
                 config = dataclasses.replace(config, cache_dir=directory)
                 store = Store(config=config, metrics=self._metrics, holder=holder, budget=budget, keeps=False)
+                if failure:
+                    store.take_listings(
+                        Path(self._config.store.cache_dir), list(map(self._saved_name, self._config.sources))
+                    )
                 store.disk_error = failure or "workers ended before they could use it"
             yield stack.enter_context(contextlib.closing(store))
 
@@ -196,11 +200,25 @@ class Worker:
 
     async def _first_listings(self) -> list[Listing]:
         if self._start["mounted"]:
-            saved = [(source, self._store.listing(self._saved_name(source))) for source in self._config.sources]
-            if all(objects is not None for _, objects in saved):
+            saved = self._saved_listings()
+            if saved:
                 self._refresh_wanted.set()
-                return [Listing(source.name, source.prefix, tuple(objects or ())) for source, objects in saved]
-        return await self._list_all()
+                return saved
+        try:
+            return await self._list_all()
+        except OriginError as error:
+            saved = self._saved_listings() if self._config.tree.immutable and error.retryable else []
+            if not saved:
+                raise
+            log.warning("mounting what was listed before: %s", error)
+            return saved
+
+    def _saved_listings(self) -> list[Listing]:
+        """Return the last good listing of every source, or nothing."""
+        saved = [(source, self._store.listing(self._saved_name(source))) for source in self._config.sources]
+        if any(objects is None for _, objects in saved):
+            return []
+        return [Listing(source.name, source.prefix, tuple(objects or ())) for source, objects in saved]
 
     def _saved_name(self, source: Source) -> str:
         return f"{self._origins[source.bucket].name}/{source.prefix}"
@@ -256,6 +274,8 @@ class Worker:
 
     async def _keep_fresh(self) -> None:
         """List again at the configured interval, or soon after an object turned out to have changed."""
+        if self._config.tree.immutable:
+            return
         interval = self._config.tree.refresh or float("inf")
         while True:
             with trio.move_on_after(interval):

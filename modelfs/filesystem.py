@@ -118,7 +118,8 @@ class Namespace(pyfuse3.Operations):
         self._uid = config.uid if config.uid >= 0 else os.geteuid()
         self._gid = config.gid if config.gid >= 0 else os.getegid()
         self._permissions = 0o555 & ~config.umask
-        self._entry_seconds = min(config.refresh, FOREVER_SECONDS) if config.refresh else FOREVER_SECONDS
+        fresh = config.refresh and not config.immutable
+        self._entry_seconds = min(config.refresh, FOREVER_SECONDS) if fresh else FOREVER_SECONDS
         self._listings: dict[int, list[Node]] = {}
         self._missing = pyfuse3.EntryAttributes()
         self._missing.st_ino = 0
@@ -221,7 +222,7 @@ class Namespace(pyfuse3.Operations):
         if info is None or word not in XATTRS or word == name:
             raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
         if word == b"etag":
-            return info.id.version.strip('"').encode()
+            return info.id.version.encode() if "?" in info.id.version else info.id.version.strip('"').encode()
         if word == b"uri":
             bucket = info.id.origin.partition("@")[0]
             return f"{bucket}/{info.id.key}".encode("utf-8", "surrogateescape")

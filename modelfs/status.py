@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import trio
 from prometheus_client import CollectorRegistry, Counter
 
 from modelfs.chunks import ByteRange
@@ -112,6 +113,7 @@ class Status:
             "prefetch": self._config.fetch.prefetch,
             "uptime_seconds": round(time.monotonic() - self._began, 1),
             "worker_starts": self._starts,
+            "tasks": trio.lowlevel.current_statistics().tasks_living,
             "kernel": {
                 "read_ahead_kib": tuning.read_ahead_kib,
                 "max_background": tuning.max_background,

@@ -123,8 +123,14 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Mounted]]:
     """Mount sources of a bucket; everything is unmounted at the end."""
     made: list[Mounted] = []
 
-    def mount(bucket: Bucket, *options: str, prefix: str = "", sources: list[str] | None = None) -> Mounted:
-        made.append(Mounted(bucket.store, sources or [bucket.uri(prefix)], tmp_path, *options))
+    def mount(
+        bucket: Bucket,
+        *options: str,
+        prefix: str = "",
+        sources: list[str] | None = None,
+        env: dict[str, str] | None = None,
+    ) -> Mounted:
+        made.append(Mounted(bucket.store, sources or [bucket.uri(prefix)], tmp_path, *options, env=env))
         return made[-1].__enter__()
 
     yield mount

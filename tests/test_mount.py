@@ -26,6 +26,7 @@ from modelfs.chunks import CHUNK_BYTES, MIB
 from modelfs.cli.client import ask
 from modelfs.cli.embedded import free_port
 from modelfs.fuse.tuning import control_socket
+from tests.faults.front import Front
 from tests.support import differential
 from tests.support.mounting import run
 
@@ -388,6 +389,49 @@ def test_overwritten_object_never_gives_mixed_bytes(bucket, mounted):
             os.pread(file.fileno(), 100, 3 * CHUNK_BYTES + CHUNK_BYTES // 2)
         assert caught.value.errno in {errno.ESTALE, errno.EIO}
         assert os.pread(file.fileno(), 100, 0) == old[:100]
+
+
+@pytest.mark.parametrize("change", ["overwritten", "deleted"])
+def test_pinned_versions_stay_readable(bucket, mounted, change):
+    bucket.client.put_bucket_versioning(Bucket=bucket.name, VersioningConfiguration={"Status": "Enabled"})
+    bucket.put("p/f", b"older")
+    old = bucket.put("p/f", some_bytes(4 * CHUNK_BYTES))
+    bucket.put("p/deleted", b"x")
+    bucket.client.delete_object(Bucket=bucket.name, Key="p/deleted")
+    mount = mounted(bucket, "--refresh", "off", "--prefetch", "off", "--pin-versions", prefix="p/")
+    assert os.listdir(mount.path) == ["f"]
+    with (mount.path / "f").open("rb") as file:
+        assert os.pread(file.fileno(), 100, 0) == old[:100]
+        if change == "overwritten":
+            bucket.put("p/f", some_bytes(4 * CHUNK_BYTES, 9))
+        else:
+            bucket.client.delete_object(Bucket=bucket.name, Key="p/f")
+        assert os.pread(file.fileno(), len(old), 0) == old
+    assert b"?versionId=" in os.getxattr(mount.path / "f", "user.modelfs.etag")
+    assert run("verify", str(mount.path)).returncode == 0
+
+
+def test_an_immutable_mount_is_listed_once_and_needs_no_store_when_warm(bucket, mounted, rgw_server):
+    data = bucket.put("p/f", some_bytes(CHUNK_BYTES + 5))
+    with Front(rgw_server.port).running() as front:
+        options = ["--endpoint-url", front.url, "--immutable", "--refresh", "1s"]
+        mount = mounted(bucket, *options, prefix="p/")
+        assert (mount.path / "f").read_bytes() == data
+        mount.wait_complete()
+        bucket.put("p/later", b"x")
+        time.sleep(2.5)
+        assert os.listdir(mount.path) == ["f"]
+        mount.kill_worker()
+        assert os.listdir(mount.path) == ["f"]
+        mount.stop()
+        front.down = True
+        again = mounted(bucket, *options, prefix="p/")
+        assert (again.path / "f").read_bytes() == data
+        assert "mounting what was listed before" in again.log
+        again.stop()
+        front.down = False
+        later = mounted(bucket, *options, prefix="p/")
+        assert sorted(os.listdir(later.path)) == ["f", "later"]
 
 
 def test_interrupted_reader_dies_at_once(bucket, mounted, rgw_server):

@@ -58,6 +58,8 @@ _RECEIVE_SECONDS = 4
 _BATCH_BYTES = 128 * 1024
 _TAIL_BYTES = 4096
 """The end of a body is left to http.client, which then knows that the connection is free."""
+_VERSION_ID = "?versionId="
+"""In a version, between the ETag and the id that a versioned bucket gave it."""
 _RENEW_SECONDS = 1.0
 """Least age of a session before it is built anew because its credentials were refused."""
 
@@ -130,6 +132,9 @@ class S3Origin:
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Yield every object under ``prefix``; see ``Origin.list``."""
+        if self._config.pin_versions:
+            yield from self._list_versions(prefix)
+            return
         token: str | None = None
         while True:
             page = self._list_page(prefix, token)
@@ -143,6 +148,32 @@ class S3Origin:
                 return
             token = page.get("NextContinuationToken")
             if not token:
+                raise OriginError(f"bucket '{self._bucket}': the store broke off its listing", "check --endpoint-url")
+
+    def _list_versions(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Yield the newest version of every object that is not deleted."""
+        markers: dict[str, str] = {}
+        while True:
+            arguments = {"Bucket": self._bucket, "Prefix": prefix, **markers}
+
+            def ask(client: Any, arguments: dict[str, str] = arguments) -> dict[str, Any]:  # noqa: ANN401
+                self._count("requests", "list", 1)
+                page: dict[str, Any] = client.list_object_versions(**arguments)
+                return page
+
+            page = self._persist(ask, prefix)
+            for item in page.get("Versions", ()):
+                if item["IsLatest"]:
+                    version = str(item["ETag"])
+                    if item["VersionId"] != "null":  # put before the bucket kept versions
+                        version += f"{_VERSION_ID}{item['VersionId']}"
+                    seconds = int(item["LastModified"].timestamp())
+                    yield ObjectInfo(ObjectId(self.name, item["Key"], version), int(item["Size"]), seconds * 10**9)
+            if not page.get("IsTruncated"):
+                return
+            following = {"KeyMarker": page.get("NextKeyMarker"), "VersionIdMarker": page.get("NextVersionIdMarker")}
+            markers = {name: value for name, value in following.items() if value}
+            if not markers:
                 raise OriginError(f"bucket '{self._bucket}': the store broke off its listing", "check --endpoint-url")
 
     def _list_page(self, prefix: str, token: str | None) -> dict[str, Any]:
@@ -230,12 +261,12 @@ class S3Origin:
         def ask(client: Any) -> dict[str, Any]:  # noqa: ANN401
             self._count("requests", "head", 1)
             answer: dict[str, Any] = client.head_object(
-                Bucket=self._bucket, Key=info.id.key, IfMatch=info.id.version, ChecksumMode="ENABLED"
+                Bucket=self._bucket, Key=info.id.key, ChecksumMode="ENABLED", **_pinned(info)
             )
             return answer
 
         answer = self._persist(ask, info.id.key)
-        if answer.get("ETag") != info.id.version:
+        if answer.get("ETag") != etag_of(info):
             raise ObjectChangedError(f"{self._where(info.id.key)} was overwritten", "open it again")
         for algorithm in ALGORITHMS:
             # Of an object uploaded in parts there may be a sum over the parts' sums instead: it ends in their number.
@@ -243,7 +274,7 @@ class S3Origin:
             if value and answer.get("ChecksumType") != "COMPOSITE":
                 return Digest(algorithm, value, "checksum of the store")
         encrypted = answer.get("SSECustomerAlgorithm") or "kms" in answer.get("ServerSideEncryption", "")
-        tag = info.id.version.strip('"')
+        tag = etag_of(info).strip('"')
         if re.fullmatch("[0-9a-f]{32}", tag) and not encrypted:
             return Digest("md5", tag, "ETag")
         return None
@@ -280,7 +311,7 @@ class S3Origin:
         """Yield the number of bytes received at a time; ends early when the body does."""
         self._count("requests", "get", 1)
         answer = client.get_object(
-            Bucket=self._bucket, Key=info.id.key, Range=f"bytes={span.start}-{span.stop - 1}", IfMatch=info.id.version
+            Bucket=self._bucket, Key=info.id.key, Range=f"bytes={span.start}-{span.stop - 1}", **_pinned(info)
         )
         raw, left = answer["Body"]._raw_stream, len(span)
         try:
@@ -305,7 +336,7 @@ class S3Origin:
     def _check(self, answer: dict[str, Any], info: ObjectInfo, span: ByteRange) -> None:
         """Make sure the answer is the range and the version asked for."""
         where = self._where(info.id.key)
-        if answer.get("ETag") not in {None, info.id.version}:
+        if answer.get("ETag") not in {None, etag_of(info)}:
             raise ObjectChangedError(f"{where} was overwritten", "open it again to read the new version")
         expected = f"bytes {span.start}-{span.stop - 1}/{info.size}"
         whole = answer.get("ContentRange") is None and len(span) == info.size
@@ -383,6 +414,17 @@ class S3Origin:
         return OriginError(
             f"the store refused {where} ({code or status})", "check --endpoint-url, --region and addressing"
         )
+
+
+def etag_of(info: ObjectInfo) -> str:
+    """Return the ETag of an object version, in its quotes."""
+    return info.id.version.partition(_VERSION_ID)[0]
+
+
+def _pinned(info: ObjectInfo) -> dict[str, str]:
+    """Return what makes a request fail, or not succeed otherwise, if the object has another version."""
+    etag, _, version = info.id.version.partition(_VERSION_ID)
+    return {"IfMatch": etag, **({"VersionId": version} if version else {})}
 
 
 class _Body:

@@ -666,6 +666,17 @@ class Store:
         async with self._commit_lock:
             await trio.to_thread.run_sync(self._index.save_listing, source, objects)
 
+    def take_listings(self, directory: Path, sources: list[str]) -> None:
+        """Copy saved listings from a cache that cannot be used otherwise, as far as they can be read."""
+        try:
+            with contextlib.closing(Index(directory / "index", readonly=True)) as other:
+                for source in sources:
+                    objects = other.listing(source)
+                    if objects:
+                        self._index.save_listing(source, objects)
+        except (OSError, CacheError, lmdb.Error) as error:
+            log.warning("the listings in %s cannot be read: %s", directory, error)
+
     # -- traces -------------------------------------------------------------------------------------
 
     def trace(self, name: str) -> bytes | None:

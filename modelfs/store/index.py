@@ -58,23 +58,28 @@ class Index:
 
     Args:
         path: Directory of the LMDB environment; made if missing.
+        readonly: Only look, also where another worker has it open or the disk has become read-only.
 
     Raises:
         CacheError: The index was written by another format version.
         lmdb.Error: The index is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
-        path.mkdir(mode=0o700, exist_ok=True)
-        self._env = lmdb.open(str(path), map_size=_MAP_BYTES, max_dbs=7, mode=0o600)
+    def __init__(self, path: Path, *, readonly: bool = False) -> None:
+        if not readonly:
+            path.mkdir(mode=0o700, exist_ok=True)
+        self._env = lmdb.open(
+            str(path), map_size=_MAP_BYTES, max_dbs=7, mode=0o600, readonly=readonly, lock=not readonly
+        )
         self._env.reader_check()
         names = (b"meta", b"objects", b"chunks", b"lru", b"listings", b"traces", b"verdicts")
         databases = map(self._env.open_db, names)
         self._meta, self._objects, self._chunks, self._lru, self._listings, self._traces, self._verdicts = databases
-        with self._env.begin(write=True) as txn:
+        with self._env.begin(write=not readonly) as txn:
             version = txn.get(b"format", db=self._meta)
             if version is None:
-                txn.put(b"format", str(FORMAT_VERSION).encode(), db=self._meta)
+                if not readonly:
+                    txn.put(b"format", str(FORMAT_VERSION).encode(), db=self._meta)
             elif version != str(FORMAT_VERSION).encode():
                 raise CacheError(
                     f"{path} has index format {version.decode(errors='replace')}, this modelfs knows {FORMAT_VERSION}",

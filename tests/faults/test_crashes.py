@@ -1,5 +1,6 @@
 """Processes and machines that stop in the middle: no wrong byte, no dead mount, and what was lost comes again."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -7,6 +8,7 @@ import signal
 import statistics
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -67,6 +69,86 @@ def test_a_restarted_worker_evicts_nothing_that_is_open(bucket, mounted):
             assert run("wait", str(mount.path), "--timeout", "20s").returncode == 0
             time.sleep(4)  # longer than the eviction's interval
             assert os.pread(file.fileno(), len(data), 0) == data
+
+
+@contextlib.contextmanager
+def memory_limit(pid, limit):
+    """Put a process into a control group that may use so many bytes."""
+    old, new = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    group = (old if old.is_dir() else new) / f"modelfs-test-{pid}"
+    try:
+        group.mkdir()
+        (group / ("memory.limit_in_bytes" if old.is_dir() else "memory.max")).write_text(str(limit))
+    except OSError as error:
+        pytest.skip(f"no memory control group can be made: {error}")
+    try:
+        (group / "cgroup.procs").write_text(str(pid))
+        yield
+    finally:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                group.rmdir()
+                break
+            time.sleep(0.1)
+
+
+def test_a_worker_that_runs_out_of_memory_is_replaced(bucket, mounted):
+    data = bucket.put("m/model.bin", random.Random(8).randbytes(20 * CHUNK_BYTES))
+    mount = mounted(bucket, "--prefetch", "off", prefix="m/")
+    pid = mount.worker_pid()
+    with memory_limit(pid, 64 * MIB):
+        assert (mount.path / "model.bin").read_bytes() == data
+    assert mount.worker_pid() != pid
+    assert "killed by SIGKILL" in mount.log
+    assert "Traceback" not in mount.log
+
+
+@pytest.mark.parametrize("stop", ["record", "write"])
+def test_killed_between_data_and_index(bucket, mounted, stop, tmp_path):
+    """The worker ends right after the data is durable and before the index knows, or in the middle of the data."""
+    data = bucket.put("m/model.bin", random.Random(9).randbytes(6 * CHUNK_BYTES + 5))
+    mount = mounted(bucket, "--prefetch", "off", prefix="m/", env={"PYTHONPATH": str(dying_at(stop, tmp_path))})
+    assert (mount.path / "model.bin").read_bytes() == data
+    deadline = time.monotonic() + 20
+    while "killed by SIGKILL" not in mount.log and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "killed by SIGKILL" in mount.log
+    with (mount.path / "model.bin").open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert file.read() == data
+    assert run("verify", str(mount.path)).returncode in {0, 9}
+    assert "Traceback" not in mount.log
+
+
+def dying_at(moment, directory):
+    """Return a directory whose sitecustomize kills the first worker at that moment of its life."""
+    target = {"record": ("modelfs.store.index", "Index.record"), "write": ("modelfs.store.files", "_write_direct")}[
+        moment
+    ]
+    (directory / "site").mkdir()
+    (directory / "site/sitecustomize.py").write_text(f"""
+import importlib, os, signal, sys, threading, time
+def arm():
+    while {target[0]!r} not in sys.modules:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    owner, names = sys.modules[{target[0]!r}], {target[1]!r}.split(".")
+    for name in names[:-1]:
+        owner = getattr(owner, name)
+    real = getattr(owner, names[-1])
+    def die(*arguments):
+        if {moment!r} == "write":
+            path, data, offset = arguments
+            real(path, data[: len(data) // 2 & ~4095], offset)
+        os.kill(os.getpid(), signal.SIGKILL)
+    setattr(owner, names[-1], die)
+marker = {str(directory / "died")!r}
+if "modelfs.worker" in " ".join(sys.orig_argv) and not os.path.exists(marker):
+    open(marker, "w").close()
+    threading.Thread(target=arm, daemon=True).start()
+""")
+    return directory / "site"
 
 
 @pytest.mark.nightly

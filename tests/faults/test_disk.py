@@ -122,9 +122,9 @@ def test_a_disk_without_inodes(stopped_first, table):
     noted(table, "the cache disk has no inodes", seconds, 'modelfs_store_skipped_chunks_total{reason="disk_full"}')
 
 
-def test_a_disk_that_has_become_read_only(stopped_first, table):
+def test_a_disk_that_has_become_read_only(stopped_first, front, table):
     cache_disk, on_disk = stopped_first
-    mount = on_disk(cache_disk)
+    mount = on_disk(cache_disk, "--endpoint-url", front.url)
     read(mount, "a.bin")
     time.sleep(1.5)  # recorded
     cache_disk.abort()
@@ -133,7 +133,11 @@ def test_a_disk_that_has_become_read_only(stopped_first, table):
     told_by_doctor(mount, "Read-only file system")
     assert "Traceback" not in mount.log
     assert len(mount.log.splitlines()) < 12, "no line per chunk"
+    front.down = True
     mount.kill_worker()
+    assert run("wait", str(mount.path), "--timeout", "20s").returncode == 0, "the listing is known"
+    assert sorted(os.listdir(mount.path)) == sorted(DATA)
+    front.down = False
     read(mount)
     told_by_doctor(mount, "Read-only file system")
     assert "the mount goes on without its cache" in mount.log

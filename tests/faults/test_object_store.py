@@ -211,7 +211,8 @@ def test_storm_of_everything_under_many_readers(bucket, mounted, front, table):
     table.add("half of all requests fail, 8 readers", "the right bytes", time.monotonic() - began, TRANSIENT)
 
 
-def test_store_gone_and_back(bucket, mounted, front, table):
+@pytest.mark.parametrize("gone", [8, pytest.param(30, marks=pytest.mark.nightly)])
+def test_store_gone_and_back(bucket, mounted, front, table, gone):
     """Readers wait, and go on soon after it is back; so does the download ahead of them."""
     data = random.Random(9).randbytes(6 * CHUNK_BYTES)
     bucket.put("m/model.bin", data)
@@ -225,7 +226,7 @@ def test_store_gone_and_back(bucket, mounted, front, table):
             front.down = False
             back.append(time.monotonic())
 
-        timer = threading.Timer(8, come_back)
+        timer = threading.Timer(gone, come_back)
         timer.start()
         found = os.pread(file.fileno(), 1000, 5 * CHUNK_BYTES)
         recovered = time.monotonic()
@@ -234,7 +235,9 @@ def test_store_gone_and_back(bucket, mounted, front, table):
     assert recovered - back[0] < 10
     assert (mount.path / "model.bin").read_bytes() == data
     table.compared += len(data)
-    table.add("store gone for 8 s", "waits, then the right bytes", recovered - back[0], error_metric("EndpointUnre…"))
+    table.add(
+        f"store gone for {gone} s", "waits, then the right bytes", recovered - back[0], error_metric("EndpointUnre…")
+    )
 
 
 def test_unmount_while_readers_wait_for_a_store_that_is_silent(bucket, mounted, front, table):

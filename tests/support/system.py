@@ -133,11 +133,15 @@ class System:
         return answer
 
     async def settle(self) -> None:
-        """Wait until nobody has anything to do; nothing begins before the caller's next checkpoint."""
-        while not self.fetch.idle or self.verification._wanted or self.verification._current:
-            await trio.sleep(0.01)
-        async with self.store._commit_lock:
-            pass
+        """Wait until nothing is going on, though more may be planned than there is room for.
+
+        Nothing begins before the caller's next checkpoint.
+        """
+        while True:
+            await trio.sleep(0.05)
+            async with self.store._commit_lock:
+                if not (self.fetch.busy or self.verification._wanted or self.verification._current):
+                    return
 
 
 class Life:

@@ -18,6 +18,8 @@ import h11
 import trio
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
+from modelfs.errors import ConfigError
+
 log = logging.getLogger(__name__)
 
 REQUEST_SECONDS = 10.0
@@ -79,6 +81,12 @@ class Admin:
     def _control_listener(self) -> trio.SocketListener:
         directory = self._socket_path.parent
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for above in (directory, directory.parent):
+            # In /tmp another user may have taken the name first, and could put a socket of his own in our place.
+            if above.stat().st_uid not in {0, os.geteuid()}:
+                raise ConfigError(
+                    f"{above}, where the control socket belongs, is another user's", "set XDG_RUNTIME_DIR"
+                )
         self._socket_path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         mask = os.umask(0o177)

@@ -659,7 +659,11 @@ class Store:
 
     def listing(self, source: str) -> list[ObjectInfo] | None:
         """Return the last good listing of a source, or ``None``."""
-        return self._index.listing(source)
+        try:
+            return self._index.listing(source)
+        except lmdb.Error as error:
+            self._unreadable(error)
+            return None
 
     async def save_listing(self, source: str, objects: list[ObjectInfo]) -> None:
         """Keep a listing for a restarted worker."""

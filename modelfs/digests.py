@@ -14,6 +14,8 @@ from typing import Protocol
 
 VERIFIED, BAD, UNKNOWN = "verified", "bad", "unknown"
 """What is known of a complete file: it matches its digest, it does not, or nobody has published one."""
+ETAG = "ETag"
+"""The source of a digest that is only likely to be one: some stores' ETags look like an MD5 and are none."""
 _SUM_LINE = re.compile(r"\\?(?P<value>[0-9a-fA-F]{64})(?:[ \t]+\*?(?P<name>\S.*))?")
 _BSD_LINE = re.compile(r"SHA256 ?\((?P<name>.+)\) ?= ?(?P<value>[0-9a-fA-F]{64})")
 _LINE_LIMIT = 8192

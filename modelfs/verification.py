@@ -23,6 +23,7 @@ from modelfs.chunks import CHUNK_BYTES, ByteRange, ObjectInfo
 from modelfs.digests import (
     ALGORITHMS,
     BAD,
+    ETAG,
     UNKNOWN,
     VERIFIED,
     Digest,
@@ -107,6 +108,7 @@ class Verification:
         self._damaged: set[int] = set()
         self._stale: set[int] = set()
         self._unseen = False
+        self._etags_doubtful = False
         self._lists: dict[int, dict[str, str]] = {}
         self._work = trio.Event()
         store.on_complete.append(self._want_by_itself)
@@ -154,7 +156,8 @@ class Verification:
         ``counts`` by state (``pending``: to be hashed), how many are ``awaited`` because they are being fetched once
         more, ``hashed`` of ``size`` bytes, all ``resident`` ones, and ``details`` of files that are not verified.
         """
-        pending = dict.fromkeys(self._wanted, 0)
+        now = time.monotonic()
+        pending = {number: 0 for number, wanted in self._wanted.items() if wanted.not_before <= now}
         if self._current is not None:
             pending[self._current.stored.info.number] = self._current.hashed
         counts = dict.fromkeys((VERIFIED, BAD, UNKNOWN, "pending", "unverified", "partial"), 0)
@@ -190,6 +193,7 @@ class Verification:
     def _want(self, stored: StoredObject, *, asked: bool, anew: bool = False) -> None:
         wanted = self._wanted.setdefault(stored.info.number, _Wanted(stored, asked))
         wanted.asked, wanted.anew = wanted.asked or asked, wanted.anew or anew
+        wanted.not_before = 0.0 if asked else wanted.not_before
         self._work.set()
 
     # -- hashing ------------------------------------------------------------------------------------
@@ -221,6 +225,8 @@ class Verification:
                     if self._mode != "off":
                         later = _Wanted(ready.stored, asked=False, not_before=now + AGAIN_SECONDS)
                         self._wanted.setdefault(ready.stored.info.number, later)
+                except Exception:
+                    log.exception("unexpected failure while verifying %s", ready.stored.info.id.key)
                 finally:
                     self._current = None
 
@@ -252,6 +258,9 @@ class Verification:
             return
         key, number = stored.info.id.key, stored.info.number
         log.error("%s of %s is %s, but %s says %s", digest.algorithm, key, value, digest.source, digest.value)
+        if digest.source == ETAG and self._etags_doubtful and self._mode != "strict":
+            await self._settle(stored, Verdict(UNKNOWN), changes)
+            return
         self._stale.add(number)
         if number not in self._refetched and stored.info.size:
             self._refetched.add(number)
@@ -260,6 +269,8 @@ class Verification:
             await self._store.evict(stored, list(stored.chunks), "bad", force=True)
             self._fetch_again(stored, ByteRange(0, stored.info.size))
         else:
+            # Either the store keeps it wrongly, or its ETags are no MD5s: then not every file is to be fetched twice.
+            self._etags_doubtful = self._etags_doubtful or digest.source == ETAG
             fate = "reads of it fail" if self._mode == "strict" else "it is served; --verify strict would refuse it"
             log.error("%s is bad, also after it was fetched once more: %s", key, fate)
             await self._settle(stored, Verdict(BAD, digest), changes)

@@ -254,3 +254,27 @@ async def test_a_bad_file_is_fetched_again_also_while_it_is_read(verified):
         await made.read()
         await made.becomes(BAD)
         stopped.set()
+
+
+async def test_a_store_whose_etags_are_no_md5s_costs_one_file_twice(verified):
+    made = await verified("background", Digest("md5", "0" * 32, "ETag"))
+    await made.read()
+    await made.becomes(BAD)
+    other = made.engine.store.object(made.engine.origin.put("m/other.bin", DATA))
+    assert await made.engine.read(other, ByteRange(0, len(DATA))) == DATA
+    with trio.fail_after(10):
+        while state_of(other) != "unknown":
+            await trio.sleep(0.01)
+    assert sum(len(span) for key, span in made.engine.origin.requests if key == "m/other.bin") == len(DATA)
+
+
+async def test_asked_for_it_does_not_wait_for_its_next_try(verified):
+    made = await verified("background", TransientOriginError("away"))
+    await made.read()
+    with trio.fail_after(5):
+        while not made.asked or made.verification._current is not None:
+            await trio.sleep(0.01)
+    assert made.verification.report("")["counts"]["pending"] == 0
+    made.digest = RIGHT
+    made.verification.check("")
+    await made.becomes(VERIFIED)

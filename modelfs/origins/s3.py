@@ -27,7 +27,7 @@ from botocore.config import Config as SdkConfig
 
 from modelfs.chunks import ByteRange, ObjectId, ObjectInfo
 from modelfs.config import OriginConfig
-from modelfs.digests import ALGORITHMS, Digest, from_base64
+from modelfs.digests import ALGORITHMS, ETAG, Digest, from_base64
 from modelfs.errors import (
     AccessDeniedError,
     BucketNotFoundError,
@@ -276,7 +276,7 @@ class S3Origin:
         encrypted = answer.get("SSECustomerAlgorithm") or "kms" in answer.get("ServerSideEncryption", "")
         tag = etag_of(info).strip('"')
         if re.fullmatch("[0-9a-f]{32}", tag) and not encrypted:
-            return Digest("md5", tag, "ETag")
+            return Digest("md5", tag, ETAG)
         return None
 
     # -- reading ------------------------------------------------------------------------------------

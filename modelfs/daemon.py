@@ -221,7 +221,8 @@ class Worker:
         return [Listing(source.name, source.prefix, tuple(objects or ())) for source, objects in saved]
 
     def _saved_name(self, source: Source) -> str:
-        return f"{self._origins[source.bucket].name}/{source.prefix}"
+        pinned = "?versions" if self._config.origin.pin_versions else ""
+        return f"{self._origins[source.bucket].name}/{source.prefix}{pinned}"
 
     async def _list_all(self) -> list[Listing]:
         """List every source anew.
@@ -367,6 +368,7 @@ class Worker:
             fetch=self._fetch,
             ask_store=ask_store,
             tree=lambda: self._view.tree,
+            restarted=self._start["mounted"],
             quiet=lambda: not self._fetch.busy and time.monotonic() > self._loads.last + QUIET_SECONDS,
             metrics=self._metrics,
         )

@@ -33,7 +33,7 @@ from modelfs.digests import (
     parse_hub_metadata,
     parse_sums,
 )
-from modelfs.errors import IntegrityError, ModelfsError
+from modelfs.errors import IntegrityError, ModelfsError, ReadTimeoutError
 from modelfs.fetch import Fetch, PlanItem
 from modelfs.metrics import Metrics
 from modelfs.prefetch import RANK_WEIGHTS, read_whole
@@ -80,6 +80,7 @@ class Verification:
         ask_store: Asks the object store for an object's digest.
         tree: Returns the current tree.
         quiet: Whether nothing is being read or downloaded, so that hashing is in nobody's way.
+        restarted: A worker before this one may have dropped bad files whose pages the kernel still has.
         metrics: Counters.
     """
 
@@ -92,6 +93,7 @@ class Verification:
         ask_store: Callable[[ObjectInfo], Awaitable[Digest | None]],
         tree: Callable[[], Tree],
         quiet: Callable[[], bool],
+        restarted: bool,
         metrics: Metrics,
     ) -> None:
         self._mode = mode
@@ -100,6 +102,7 @@ class Verification:
         self._ask_store = ask_store
         self._tree = tree
         self._quiet = quiet
+        self._restarted = restarted
         self._metrics = metrics
         self._wanted: dict[int, _Wanted] = {}
         self._current: _Wanted | None = None
@@ -107,6 +110,7 @@ class Verification:
         self._awaited: set[int] = set()
         self._damaged: set[int] = set()
         self._stale: set[int] = set()
+        self._opened: set[int] = set()
         self._unseen = False
         self._etags_doubtful = False
         self._lists: dict[int, dict[str, str]] = {}
@@ -124,8 +128,10 @@ class Verification:
         if self.refuses(stored):
             raise self._refusal(stored)
         self._want_by_itself(stored)
-        keep = stored.info.number not in self._stale
-        self._stale.discard(stored.info.number)
+        number = stored.info.number
+        keep = number not in self._stale and (number in self._opened or not self._restarted)
+        self._stale.discard(number)
+        self._opened.add(number)
         return keep
 
     def refuses(self, stored: StoredObject) -> bool:
@@ -207,7 +213,9 @@ class Verification:
             self._work = trio.Event()
             while self._wanted or self._unseen:
                 now, quiet = time.monotonic(), self._quiet()
-                due = (wanted for wanted in self._wanted.values() if wanted.not_before <= now)
+                due = [wanted for wanted in self._wanted.values() if wanted.not_before <= now]
+                # What has been fetched once more first: it tells how far digests can be believed.
+                due.sort(key=lambda wanted: wanted.stored.info.number not in self._awaited)
                 ready = next((wanted for wanted in due if wanted.asked or quiet), None)
                 if ready is None:
                     if quiet and self._unseen:
@@ -222,8 +230,10 @@ class Verification:
                     await self._verify(ready)
                 except ModelfsError as error:
                     log.warning("%s is not verified: %s", ready.stored.info.id.key, error)
-                    if self._mode != "off":
-                        later = _Wanted(ready.stored, asked=False, not_before=now + AGAIN_SECONDS)
+                    if ready.anew:
+                        ready.stored.verdict = None  # it was asked for, and there is no answer
+                    if self._mode != "off" and (error.retryable or isinstance(error, ReadTimeoutError)):
+                        later = _Wanted(ready.stored, asked=False, anew=ready.anew, not_before=now + AGAIN_SECONDS)
                         self._wanted.setdefault(ready.stored.info.number, later)
                 except Exception:
                     log.exception("unexpected failure while verifying %s", ready.stored.info.id.key)
@@ -245,13 +255,16 @@ class Verification:
         digest = await self._digest(stored.info)
         if stored.verdict is not None and stored.verdict.digest == digest and not wanted.anew:
             return  # it has been judged by just this
-        if digest is None:
+        if digest is None and stored.untouched:
             await self._settle(stored, Verdict(UNKNOWN), changes)
             return
         with self._store.using(stored):
-            value = await self._hash(wanted, ALGORITHMS[digest.algorithm]())
+            value = await self._hash(wanted, ALGORITHMS[digest.algorithm if digest else "crc32"]())
         if value is None:
             return  # evicted or damaged meanwhile
+        if digest is None:  # but its own checksums have all been looked at
+            await self._settle(stored, Verdict(UNKNOWN), changes)
+            return
         if value == digest.value:
             self._refetched.discard(stored.info.number)
             await self._settle(stored, Verdict(VERIFIED, digest), changes)
@@ -259,7 +272,7 @@ class Verification:
         key, number = stored.info.id.key, stored.info.number
         log.error("%s of %s is %s, but %s says %s", digest.algorithm, key, value, digest.source, digest.value)
         if digest.source == ETAG and self._etags_doubtful and self._mode != "strict":
-            await self._settle(stored, Verdict(UNKNOWN), changes)
+            await self._settle(stored, Verdict(UNKNOWN, digest), changes)
             return
         self._stale.add(number)
         if number not in self._refetched and stored.info.size:

@@ -1,6 +1,7 @@
 """When files are hashed, and how long what came of it holds; through the kernel: ``faults/test_integrity.py``."""
 
 import hashlib
+import os
 import random
 
 import pytest
@@ -31,7 +32,7 @@ class Verified:
         tree = Tree([Listing("", "m/", (self.stored.info,))], TreeConfig())
         self.verification = Verification(
             mode=mode, store=engine.store, fetch=engine.fetch, ask_store=self.ask, tree=lambda: tree,
-            quiet=quiet.is_set, metrics=engine.metrics,
+            quiet=quiet.is_set, restarted=False, metrics=engine.metrics,
         )  # fmt: skip
 
     async def ask(self, info):
@@ -278,3 +279,24 @@ async def test_asked_for_it_does_not_wait_for_its_next_try(verified):
     made.digest = RIGHT
     made.verification.check("")
     await made.becomes(VERIFIED)
+    made.digest = TransientOriginError("away")
+    made.verification.check("")
+    await made.becomes("unverified")
+
+
+async def test_a_file_that_a_crash_left_half_written_is_trusted_once_it_is_hashed(verified, tmp_path):
+    made = await verified("off", None)
+    await made.read()
+    await made.engine.store.commit()
+    stored = made.stored
+    stored.untouched = False  # as its times say after a crash
+    for chunk in stored.chunks.values():
+        chunk.verified = 0
+    assert made.engine.store.backing_descriptor(stored) is None
+    made.verification.check("")
+    await made.becomes("unknown")
+    descriptor = made.engine.store.backing_descriptor(stored)
+    assert descriptor is not None
+    os.close(descriptor)
+    row = made.engine.store._index.object(stored.info.number)
+    assert row.stamp == made.engine.store._stamp(stored)

@@ -280,6 +280,8 @@ class Front:
             return
         except OSError as error:
             log.error("cannot open inode %d: %s", inode, error)
+            if not (state.cached or state.passed):
+                self._handler.released(inode)  # the kernel will not say so
             self._refuse(header, "open", errno.ENFILE)
             return
         passed = state.passed > 0

@@ -390,7 +390,7 @@ class S3Origin:
             )
         if code in _CHANGED or status == 412:
             return ObjectChangedError(f"{where} was overwritten", "open it again to read the new version")
-        if code in {"NoSuchKey", "NotFound", "404"}:
+        if code in {"NoSuchKey", "NoSuchVersion", "NotFound", "404"}:
             return ObjectNotFoundError(f"{where} does not exist any more", "check the bucket")
         if code in _REGION or status == 301:
             hint = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region")

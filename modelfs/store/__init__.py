@@ -88,6 +88,11 @@ class StoredObject:
         """Whether every byte is resident."""
         return self.resident_bytes == self.info.size
 
+    @property
+    def sound(self) -> bool:
+        """Whether nobody else has written the data file, or all of it has been checked since."""
+        return self.untouched or all(chunk.all_verified for chunk in self.chunks.values())
+
     def missing(self, span: ByteRange) -> list[int]:
         """Return the chunks of ``span`` that are not resident."""
         return [index for index in chunks_of(span) if index not in self.chunks]
@@ -501,7 +506,7 @@ class Store:
         self._forget_sync()
         stamps = {}
         for number, descriptor in descriptors.items():
-            stamps[number] = os.fstat(descriptor).st_mtime_ns if self._objects[number].untouched else 0
+            stamps[number] = os.fstat(descriptor).st_mtime_ns if self._objects[number].sound else 0
             os.fdatasync(descriptor)
         self._index.record(chunks, used, stamps)
 
@@ -515,11 +520,18 @@ class Store:
             if not stored.complete or stored.changes != changes:
                 return
             stored.verdict = verdict
+            stamp = None
+            if not stored.untouched and stored.sound:  # hashing has looked at every piece
+                stored.untouched, stamp = True, self._stamp(stored)
             if stored.chunks and all(chunk.durable for chunk in stored.chunks.values()):
                 try:
-                    await trio.to_thread.run_sync(self._index.save_verdict, stored.info.number, verdict)
+                    await trio.to_thread.run_sync(self._index.save_verdict, stored.info.number, verdict, stamp)
                 except lmdb.Error as error:
                     log.warning("what was verified cannot be kept in %s: %s", self.directory, error)
+
+    def _stamp(self, stored: StoredObject) -> int | None:
+        status = self._data_file_status(stored.info)
+        return status.st_mtime_ns if status is not None else None
 
     # -- eviction -----------------------------------------------------------------------------------
 
@@ -559,6 +571,7 @@ class Store:
         if not stored.chunks and not stored.users and not stored.evicting:
             self._close_descriptor(stored)
             self._unlink(stored.info.number)
+            stored.untouched = True
         freed = sum(len(stored.info.chunk_range(index)) for index in victims)
         self.resident_bytes -= freed
         self.evicted_bytes += freed
@@ -622,7 +635,7 @@ class Store:
         """
         if not stored.info.size or not stored.complete or stored.evicting:
             return None
-        if not stored.untouched and not all(chunk.all_verified for chunk in stored.chunks.values()):
+        if not stored.sound:
             return None
         try:
             return os.open(files.data_path(self.data_directory, stored.info.number), os.O_RDONLY | os.O_CLOEXEC)

@@ -166,12 +166,15 @@ class Index:
                     cursor.delete()
             txn.put(name.encode(), zlib.compress(text, 1), db=self._traces)
 
-    def save_verdict(self, number: int, verdict: Verdict) -> None:
-        """Keep what hashing an object showed; it holds until a chunk is recorded or forgotten."""
+    def save_verdict(self, number: int, verdict: Verdict, stamp: int | None) -> None:
+        """Keep what hashing an object showed, until a chunk is recorded or forgotten; and a new stamp, if any."""
         digest = verdict.digest
         value = [verdict.state, [digest.algorithm, digest.value, digest.source] if digest else None]
         with self._env.begin(write=True) as txn:
             txn.put(_NUMBER.pack(number), json.dumps(value).encode(), db=self._verdicts)
+            row = self._row(txn, number)
+            if row is not None and stamp is not None:
+                txn.put(_NUMBER.pack(number), _encode(replace(row, stamp=stamp)), db=self._objects)
 
     def record(self, chunks: Iterable[NewChunk], used: dict[int, int], stamps: dict[int, int]) -> None:
         """Record durable chunks, times of use and the data files' stamps in one durable transaction."""

@@ -104,7 +104,7 @@ class System:
         prefetch = Prefetch(mode="off", store=self.store, fetch=self.fetch, pages=pages, traces=traces)
         self.verification = Verification(
             mode="off", store=self.store, fetch=self.fetch, ask_store=self._no_digest, tree=lambda: self.view.tree,
-            quiet=lambda: True, metrics=self.metrics,
+            quiet=lambda: True, restarted=False, metrics=self.metrics,
         )  # fmt: skip
         self.data_path = DataPath(
             view=self.view, store=self.store, fetch=self.fetch, prefetch=prefetch, verification=self.verification,

@@ -110,10 +110,10 @@ class Worker:
             self._store = store
             self._view = View(store, self._build_tree(await self._first_listings()))
             prefetching = config.fetch.prefetch != "off"
-            by_name = {origin.name: origin for origin in self._origins.values()}
+            self._by_name = {origin.name: origin for origin in self._origins.values()}
             self._fetch = Fetch(
                 store=store,
-                origins=by_name,
+                origins=self._by_name,
                 metrics=self._metrics,
                 budget_bytes=budget,
                 memory=self._processes.memory if self._processes is not None else Memory(),
@@ -359,8 +359,8 @@ class Worker:
 
     def _make_verification(self) -> Verification:
         async def ask_store(info: ObjectInfo) -> Digest | None:
-            found = [origin for origin in self._origins.values() if origin.name == info.id.origin]
-            return await trio.to_thread.run_sync(found[0].digest, info) if found else None
+            origin = self._by_name.get(info.id.origin)
+            return await trio.to_thread.run_sync(origin.digest, info) if origin else None
 
         return Verification(
             mode=self._config.fetch.verify,

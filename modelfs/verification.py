@@ -10,6 +10,7 @@ not handed to the kernel before it is verified, and a bad one is refused. Owned 
 """
 
 import functools
+import itertools
 import logging
 import os
 import time
@@ -212,11 +213,8 @@ class Verification:
             await self._work.wait()
             self._work = trio.Event()
             while self._wanted or self._unseen:
-                now, quiet = time.monotonic(), self._quiet()
-                due = [wanted for wanted in self._wanted.values() if wanted.not_before <= now]
-                # What has been fetched once more first: it tells how far digests can be believed.
-                due.sort(key=lambda wanted: wanted.stored.info.number not in self._awaited)
-                ready = next((wanted for wanted in due if wanted.asked or quiet), None)
+                quiet = self._quiet()
+                ready = self._next(quiet=quiet)
                 if ready is None:
                     if quiet and self._unseen:
                         await self._look_through()
@@ -233,12 +231,20 @@ class Verification:
                     if ready.anew:
                         ready.stored.verdict = None  # it was asked for, and there is no answer
                     if self._mode != "off" and (error.retryable or isinstance(error, ReadTimeoutError)):
-                        later = _Wanted(ready.stored, asked=False, anew=ready.anew, not_before=now + AGAIN_SECONDS)
+                        again_at = time.monotonic() + AGAIN_SECONDS
+                        later = _Wanted(ready.stored, asked=False, anew=ready.anew, not_before=again_at)
                         self._wanted.setdefault(ready.stored.info.number, later)
                 except Exception:
                     log.exception("unexpected failure while verifying %s", ready.stored.info.id.key)
                 finally:
                     self._current = None
+
+    def _next(self, *, quiet: bool) -> _Wanted | None:
+        """Return what to hash now; first what has been fetched once more: it tells how far digests can be believed."""
+        now = time.monotonic()
+        awaited = (self._wanted[number] for number in self._awaited if number in self._wanted)
+        every = itertools.chain(awaited, self._wanted.values())
+        return next((wanted for wanted in every if wanted.not_before <= now and (wanted.asked or quiet)), None)
 
     async def _look_through(self) -> None:
         self._unseen = False

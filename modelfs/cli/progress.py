@@ -2,10 +2,16 @@
 
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TextIO
+
+from modelfs.errors import NotReadyError
 
 _WIDTH = 30
 _PLAIN_SECONDS = 2.0
+_POLL_SECONDS = 0.25
+STALL_SECONDS = 120.0
 
 
 def human_bytes(count: float) -> str:
@@ -55,3 +61,34 @@ class Progress:
             self._shown = now
             self._out.write(f"{self._label}: {text}\n")
             self._out.flush()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How far work in the daemon has come: ``done`` of ``total`` bytes; it moves while ``mark`` changes."""
+
+    done: int
+    total: int
+    finished: bool
+    mark: object
+
+
+def follow(label: str, look: Callable[[], Step], mend: str) -> None:
+    """Show the work that ``look`` reports until it is finished.
+
+    Raises:
+        NotReadyError: Nothing changed for two minutes; ``mend`` says what to do.
+    """
+    progress = Progress(label)
+    seen: object = None
+    seen_at = time.monotonic()
+    while True:
+        step = look()
+        progress.show(step.done, step.total, last=step.finished)
+        if step.finished:
+            return
+        if step.mark != seen:
+            seen, seen_at = step.mark, time.monotonic()
+        elif time.monotonic() - seen_at > STALL_SECONDS:
+            raise NotReadyError(f"{label} stands still at {step.done} of {step.total} bytes", mend)
+        time.sleep(_POLL_SECONDS)

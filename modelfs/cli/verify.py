@@ -2,17 +2,14 @@
 
 import argparse
 import json
-import time
 from typing import Any
 
 from modelfs.cli.client import ask, locate
-from modelfs.cli.progress import Progress
+from modelfs.cli.progress import Step, follow
 from modelfs.digests import BAD, UNKNOWN, VERIFIED
 from modelfs.errors import ConfigError, IntegrityError, NotReadyError, ObjectNotFoundError
 from modelfs.fuse.tuning import Mount, mounts
 
-_POLL_SECONDS = 0.25
-_STALL_SECONDS = 120.0
 _SHOWN = 20
 
 
@@ -53,25 +50,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _follow(mount: Mount, relative: str, path: str) -> dict[str, Any]:
     """Begin, show progress, and return the last report."""
-    progress = Progress(f"verify {path}")
-    best, best_at = (-1, -1, -1), time.monotonic()
-    command = "verify"
-    while True:
-        _, report = ask(mount, "POST", f"/v1/{command}", {"path": relative})
-        command = "verified"
+    report: dict[str, Any] = {}
+
+    def look() -> Step:
+        nonlocal report
+        _, report = ask(mount, "POST", "/v1/verified" if report else "/v1/verify", {"path": relative})
         if "missing" in report:
             raise ObjectNotFoundError(f"{path} does not exist in the mount at {mount.mountpoint}", "check the name")
-        counts = report["counts"]
-        waiting = counts["pending"] + report["awaited"]
-        progress.show(report["hashed"], report["size"], last=not waiting)
-        if not waiting:
-            return report
-        progressed = (report["hashed"], report["resident"], -waiting)
-        if progressed != best:
-            best, best_at = progressed, time.monotonic()
-        elif time.monotonic() - best_at > _STALL_SECONDS:
-            raise NotReadyError(f"hashing {path} stands still", "see the daemon's log")
-        time.sleep(_POLL_SECONDS)
+        waiting = report["counts"]["pending"] + report["awaited"]
+        mark = (report["hashed"], report["resident"], waiting)
+        return Step(report["hashed"], report["size"], not waiting, mark)
+
+    follow(f"verify {path}", look, "see the daemon's log")
+    return report
 
 
 def _text(path: str, report: dict[str, Any]) -> str:

@@ -1,16 +1,12 @@
 """``modelfs warm``: download now, with a progress bar."""
 
 import argparse
-import time
 from urllib.parse import quote
 
 from modelfs.cli.client import ask, locate
-from modelfs.cli.progress import Progress
-from modelfs.errors import NotReadyError, ObjectNotFoundError
+from modelfs.cli.progress import Step, follow
+from modelfs.errors import ObjectNotFoundError
 from modelfs.fuse.tuning import Mount
-
-_POLL_SECONDS = 0.25
-_STALL_SECONDS = 120.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,18 +31,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _follow(mount: Mount, relative: str, path: str) -> None:
-    progress = Progress(f"warm {path}")
-    best, best_at = -1, time.monotonic()
-    while True:
+    most = 0
+
+    def look() -> Step:
+        nonlocal most
         _, state = ask(mount, "GET", f"/readyz?all=1&path={quote(relative)}")
-        progress.show(state["resident"], state["size"], last=state["complete"])
-        if state["complete"]:
-            return
-        if state["resident"] > best:
-            best, best_at = state["resident"], time.monotonic()
-        elif time.monotonic() - best_at > _STALL_SECONDS:
-            raise NotReadyError(
-                f"{path} stays at {state['resident']} of {state['size']} bytes",
-                "see the daemon's log; the cache may be too small for it",
-            )
-        time.sleep(_POLL_SECONDS)
+        most = max(most, state["resident"])  # in a cache that is too small it goes up and down for ever
+        return Step(state["resident"], state["size"], state["complete"], most)
+
+    follow(f"warm {path}", look, "see the daemon's log; the cache may be too small for it")

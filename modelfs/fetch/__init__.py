@@ -408,12 +408,14 @@ class Fetch:
         active.needed = min((waiter.needed for waiter in active.waiters), default=CHUNK_BYTES + 1)
         return active
 
-    def _reserve(self, run: Run, index: int, *, demand: bool) -> bool:
-        """Set room in the store aside for a chunk.
+    @property
+    def _disk_lags(self) -> bool:
+        """Whether most buffers wait for the disk: it must not hold back readers, so demand is not stored then."""
+        return self._writes >= self._pool.capacity * 3 // 4
 
-        A slow disk must not hold back readers: with most buffers waiting for it, demand is not stored.
-        """
-        if index in run.stored.evicting or (demand and self._writes >= self._pool.capacity * 3 // 4):
+    def _reserve(self, run: Run, index: int, *, demand: bool) -> bool:
+        """Set room in the store aside for a chunk."""
+        if index in run.stored.evicting or (demand and self._disk_lags):
             return False
         size = len(run.stored.info.chunk_range(index))
         return self._store.reserve(size, since=None if demand else run.since)
@@ -522,7 +524,7 @@ class Fetch:
         if not active.reserved:
             active.reserved = self._reserve(run, active.index, demand=active.demand)  # there may be room by now
         if not active.reserved:
-            reason = self._store.skip_reason if self._writes < self._pool.capacity * 3 // 4 else "slow_disk"
+            reason = "slow_disk" if self._disk_lags else self._store.skip_reason
             self._metrics.store_skipped.labels(reason=reason).inc()
             self._work.set()
             return

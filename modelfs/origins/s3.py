@@ -131,62 +131,37 @@ class S3Origin:
     # -- listing ------------------------------------------------------------------------------------
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Yield every object under ``prefix``; see ``Origin.list``."""
-        if self._config.pin_versions:
-            yield from self._list_versions(prefix)
-            return
-        token: str | None = None
-        while True:
-            page = self._list_page(prefix, token)
-            for item in page.get("Contents", ()):
-                modified = item["LastModified"]
-                version = str(item["ETag"])
-                yield ObjectInfo(
-                    ObjectId(self.name, item["Key"], version), int(item["Size"]), int(modified.timestamp()) * 10**9
-                )
-            if not page.get("IsTruncated"):
-                return
-            token = page.get("NextContinuationToken")
-            if not token:
-                raise OriginError(f"bucket '{self._bucket}': the store broke off its listing", "check --endpoint-url")
-
-    def _list_versions(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Yield the newest version of every object that is not deleted."""
+        """Yield every object under ``prefix``; see ``Origin.list``. Of a versioned one, its newest version."""
+        versions = self._config.pin_versions
+        operation, entries = ("list_object_versions", "Versions") if versions else ("list_objects_v2", "Contents")
+        continues = (
+            {"KeyMarker": "NextKeyMarker", "VersionIdMarker": "NextVersionIdMarker"}
+            if versions
+            else {"ContinuationToken": "NextContinuationToken"}
+        )
         markers: dict[str, str] = {}
         while True:
             arguments = {"Bucket": self._bucket, "Prefix": prefix, **markers}
 
             def ask(client: Any, arguments: dict[str, str] = arguments) -> dict[str, Any]:  # noqa: ANN401
                 self._count("requests", "list", 1)
-                page: dict[str, Any] = client.list_object_versions(**arguments)
+                page: dict[str, Any] = getattr(client, operation)(**arguments)
                 return page
 
             page = self._persist(ask, prefix)
-            for item in page.get("Versions", ()):
-                if item["IsLatest"]:
-                    version = str(item["ETag"])
-                    if item["VersionId"] != "null":  # put before the bucket kept versions
-                        version += f"{_VERSION_ID}{item['VersionId']}"
-                    seconds = int(item["LastModified"].timestamp())
-                    yield ObjectInfo(ObjectId(self.name, item["Key"], version), int(item["Size"]), seconds * 10**9)
+            yield from (self._info(item) for item in page.get(entries, ()) if item.get("IsLatest", True))
             if not page.get("IsTruncated"):
                 return
-            following = {"KeyMarker": page.get("NextKeyMarker"), "VersionIdMarker": page.get("NextVersionIdMarker")}
-            markers = {name: value for name, value in following.items() if value}
+            markers = {name: page[following] for name, following in continues.items() if page.get(following)}
             if not markers:
                 raise OriginError(f"bucket '{self._bucket}': the store broke off its listing", "check --endpoint-url")
 
-    def _list_page(self, prefix: str, token: str | None) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"Bucket": self._bucket, "Prefix": prefix}
-        if token:
-            arguments["ContinuationToken"] = token
-
-        def ask(client: Any) -> dict[str, Any]:  # noqa: ANN401
-            self._count("requests", "list", 1)
-            page: dict[str, Any] = client.list_objects_v2(**arguments)
-            return page
-
-        return self._persist(ask, prefix)
+    def _info(self, item: dict[str, Any]) -> ObjectInfo:
+        version = str(item["ETag"])
+        if item.get("VersionId", "null") != "null":  # null: put before the bucket kept versions
+            version += f"{_VERSION_ID}{item['VersionId']}"
+        seconds = int(item["LastModified"].timestamp())
+        return ObjectInfo(ObjectId(self.name, item["Key"], version), int(item["Size"]), seconds * 10**9)
 
     def _persist(self, ask: Callable[[Any], dict[str, Any]], key: str) -> dict[str, Any]:
         """Call ``ask`` until it succeeds, fails for good, or has failed too often."""

@@ -20,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import lmdb
 import trio
@@ -43,6 +44,7 @@ COMMIT_SECONDS = 0.5
 _USE_GRANULARITY_SECONDS = 1
 _SPACE_CHECK_SECONDS = 1.0
 _COMPLAINT_SECONDS = 60.0
+_Found = TypeVar("_Found")
 
 
 @dataclass(slots=True, eq=False)
@@ -226,11 +228,7 @@ class Store:
         """Return the store's view of ``info``, loaded from the index the first time."""
         stored = self._objects.get(info.number)
         if stored is None:
-            try:
-                stored = self._load(info)
-            except lmdb.Error as error:
-                self._unreadable(error)
-                stored = StoredObject(info, OrderedDict())
+            stored = self._look_up(lambda: self._load(info)) or StoredObject(info, OrderedDict())
             self._objects[info.number] = stored
         return stored
 
@@ -254,9 +252,14 @@ class Store:
             stored.verdict = self._index.verdict(info.number)
         return stored
 
-    def _unreadable(self, error: lmdb.Error) -> None:
-        if self._seldom("read"):
-            log.error("the index in %s cannot be read (%s): what it knows is fetched anew", self.directory, error)
+    def _look_up(self, ask: Callable[[], _Found]) -> _Found | None:
+        """Return what the index says, or ``None`` where it cannot be read."""
+        try:
+            return ask()
+        except lmdb.Error as error:
+            if self._seldom("read"):
+                log.error("the index in %s cannot be read (%s): what it knows is fetched anew", self.directory, error)
+            return None
 
     def _data_file_status(self, info: ObjectInfo) -> os.stat_result | None:
         try:
@@ -266,11 +269,7 @@ class Store:
 
     def known_object(self, number: int) -> ObjectInfo | None:
         """Return the identity behind a number that is no longer in any listing, if the index has it."""
-        try:
-            row = self._index.object(number)
-        except lmdb.Error as error:
-            self._unreadable(error)
-            return None
+        row = self._look_up(lambda: self._index.object(number))
         return row.info if row else None
 
     @contextlib.contextmanager
@@ -672,11 +671,7 @@ class Store:
 
     def listing(self, source: str) -> list[ObjectInfo] | None:
         """Return the last good listing of a source, or ``None``."""
-        try:
-            return self._index.listing(source)
-        except lmdb.Error as error:
-            self._unreadable(error)
-            return None
+        return self._look_up(lambda: self._index.listing(source))
 
     async def save_listing(self, source: str, objects: list[ObjectInfo]) -> None:
         """Keep a listing for a restarted worker."""
@@ -698,11 +693,7 @@ class Store:
 
     def trace(self, name: str) -> bytes | None:
         """Return the text kept under ``name``, or ``None``."""
-        try:
-            return self._index.trace(name)
-        except lmdb.Error as error:
-            self._unreadable(error)
-            return None
+        return self._look_up(lambda: self._index.trace(name))
 
     async def save_trace(self, name: str, text: bytes) -> None:
         """Keep the order of a load for the next one."""

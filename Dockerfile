@@ -8,7 +8,7 @@ COPY pyproject.toml uv.lock README.md LICENSE ./
 COPY modelfs modelfs
 RUN python3 -m venv /tools && /tools/bin/pip install --no-cache-dir uv \
     && UV_PROJECT_ENVIRONMENT=/opt/modelfs UV_PYTHON=/usr/bin/python3 UV_PYTHON_DOWNLOADS=never \
-       /tools/bin/uv sync --locked --no-dev --no-editable --compile-bytecode
+       /tools/bin/uv sync --locked --no-dev --all-extras --no-editable --compile-bytecode
 
 FROM debian:trixie-slim
 RUN apt-get update \

@@ -7,7 +7,7 @@ export UV_PYTHON := $(PYTHON)
 export UV_PYTHON_DOWNLOADS := never
 export MODELFS_MINISTACK := $(CURDIR)/.venv-ministack/bin/ministack
 BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev pkg-config libfuse3-dev fuse3
-TEST_PACKAGES := radosgw ceph-osd ceph-mon ceph-common util-linux procps openssl
+TEST_PACKAGES := radosgw ceph-osd ceph-mon ceph-common util-linux procps openssl nginx-light
 
 .PHONY: help setup servers demo test nightly soak check format bench bench-ttft bench-replay bench-ceiling test-engines clean
 

@@ -23,7 +23,7 @@ import trio
 from botocore.awsrequest import AWSResponse
 
 from modelfs.chunks import CHUNK_BYTES, MIB, ByteRange, ObjectId, ObjectInfo
-from modelfs.config import OriginConfig, Size, StoreConfig
+from modelfs.config import OriginConfig, Size, Source, StoreConfig
 from modelfs.eviction import Eviction
 from modelfs.fetch import Fetch, PlanItem
 from modelfs.memory import Memory
@@ -41,6 +41,7 @@ DISK_RATE = 3_000_000_000
 RECORD_BYTES = 16 * 1024
 OBJECTS, OBJECT_BYTES = 64, 1024 * MIB
 NAME, VERSION = "s3://pretence", '"v"'
+SOURCE = Source("pretence", "")
 CONFIG = OriginConfig(endpoint_url="http://127.0.0.1:1", region="us-east-1")
 AS_PROCESS = "as-process"
 
@@ -50,8 +51,8 @@ class Pretence(S3Origin):
 
     piece = 1024 * MIB
 
-    def __init__(self, *, bucket: str, config: OriginConfig, count: Count) -> None:
-        super().__init__(bucket=bucket, config=config, count=count)
+    def __init__(self, *, source: Source, config: OriginConfig, count: Count) -> None:
+        super().__init__(source=source, config=config, count=count)
         self.name = NAME
         self._client.meta.events.register("before-send.s3", self._answer)
 
@@ -120,21 +121,24 @@ def measure(kind: type[Pretence], *, processes: int, connections: int, seconds: 
         task = functools.partial(rate, Path(home), connections=connections, seconds=seconds)
         count = Metrics().count_origin
         if not processes:
-            return trio.run(task, kind(bucket="b", config=CONFIG, count=count), Memory())
+            return trio.run(task, kind(source=SOURCE, config=CONFIG, count=count), Memory())
         memory = Memory.share()
         program = (sys.executable, "-m", "bench.ceiling", AS_PROCESS, kind.__name__)
         helpers = Processes(
             memory=memory, count=processes, calls=connections + 4, logging=("error", "text"), program=program
         )
         try:
-            return trio.run(task, RemoteOrigin(bucket="b", config=CONFIG, processes=helpers, count=count), memory)
+            return trio.run(
+                task, RemoteOrigin(place=SOURCE.place, config=CONFIG, processes=helpers, count=count), memory
+            )
         finally:
             helpers.stop()
 
 
 def main() -> None:
     if sys.argv[1:2] == [AS_PROCESS]:
-        downloads.main(sys.argv[3:], {kind.__name__: kind for kind in (Pretence, PretenceTls)}[sys.argv[2]])
+        kind = {kind.__name__: kind for kind in (Pretence, PretenceTls)}[sys.argv[2]]
+        downloads.main(sys.argv[3:], lambda _, config, count: kind(source=SOURCE, config=config, count=count))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=6)
     parser.add_argument("--connections", default="16,32")

@@ -47,12 +47,14 @@ class ObjectInfo:
 
     ``number`` is a 63-bit number derived from the identity alone. It is the inode number in the tree
     and the key in the store: the same after a restart, on another node and with another cache, and a
-    changed object is another number.
+    changed object is another number. ``locator`` is what an origin needs besides the key to find this very version, as
+    the Hub's commit; it is no part of the identity.
     """
 
     id: ObjectId
     size: int
     mtime_ns: int
+    locator: str = field(default="", compare=False)
     number: int = field(init=False)
 
     def __post_init__(self) -> None:

@@ -213,16 +213,29 @@ class DaemonConfig:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One mounted prefix. ``name`` is its directory, empty when the prefix is the root of the mount."""
+    """One mounted prefix.
+
+    ``bucket`` is what the scheme calls one: a bucket or container, ``org/name`` of the Hub, a host, nothing for files.
+    ``revision`` is the Hub's branch, tag or commit. ``name`` is the source's directory, empty when it is the root of
+    the mount.
+    """
 
     bucket: str
     prefix: str
     name: str = ""
+    scheme: str = "s3"
+    revision: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where the objects lie, without the prefix; see ``origins.places``."""
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{self.scheme}://{self.bucket}{revision}"
 
     @property
     def uri(self) -> str:
         """The source as the user writes it."""
-        return f"s3://{self.bucket}/{self.prefix}"
+        return f"{self.place}/{self.prefix}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,25 +317,51 @@ def options() -> list[Option]:
     ]
 
 
+_SCHEMES = {
+    "s3": r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}",
+    "gs": r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}",
+    "az": r"[A-Za-z0-9$][A-Za-z0-9-]{1,62}",
+    "oci": r"[A-Za-z0-9._-]{1,256}@[A-Za-z0-9._-]{1,256}",
+    "hf": r"(?:(?:models|datasets|spaces)/)?[A-Za-z0-9._-]{1,96}/[A-Za-z0-9._-]{1,96}",
+    "file": "",
+    "https": r"[A-Za-z0-9.\[\]:_-]+",
+    "http": r"[A-Za-z0-9.\[\]:_-]+",
+}
+"""What stands between the scheme and the prefix."""
+_FORMS = {
+    "oci": "oci://BUCKET@NAMESPACE/PREFIX/",
+    "hf": "hf://ORG/NAME[@REVISION][/PREFIX/]",
+    "file": "file:///DIRECTORY/",
+    "https": "https://HOST/PATH/",
+    "http": "http://HOST/PATH/",
+}
+_REVISION = r"@(refs/pr/[0-9]+|[^/@]+)"
+
+
 def parse_source(text: str) -> Source:
-    """Parse ``[NAME=]s3://bucket/prefix/``.
+    """Parse ``[NAME=]s3://bucket/prefix/``, or one of the other schemes.
 
     Raises:
         ConfigError: The text is not a source.
     """
-    match = re.fullmatch(r"(?:([^=/]+)=)?([a-z0-9+]+)://([^/]*)(?:/(.*))?", text, re.DOTALL)
+    match = re.fullmatch(r"(?:([^=/]+)=)?([a-z0-9+]+)://(.*)", text, re.DOTALL)
     if not match:
         raise ConfigError(f"'{text}' is not a source", "write s3://BUCKET/PREFIX/ or NAME=s3://BUCKET/PREFIX/")
-    name, scheme, bucket, prefix = match[1] or "", match[2], match[3], match[4] or ""
-    if scheme != "s3":
-        raise ConfigError(f"'{text}' has the unknown scheme {scheme}://", "only s3:// is supported")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}", bucket):
-        raise ConfigError(f"'{text}' has no valid bucket name", "write s3://BUCKET/PREFIX/")
+    name, scheme, rest = match[1] or "", match[2], match[3]
+    if scheme not in _SCHEMES:
+        known = ", ".join(f"{one}://" for one in _SCHEMES)
+        raise ConfigError(f"'{text}' has the unknown scheme {scheme}://", f"one of {known} is supported")
+    revision = _REVISION if scheme == "hf" else "()"
+    parts = re.fullmatch(rf"({_SCHEMES[scheme]})(?:{revision})?(?:/(.*))?", rest, re.DOTALL)
+    if not parts:
+        form = _FORMS.get(scheme, f"{scheme}://BUCKET/PREFIX/")
+        raise ConfigError(f"'{text}' has no valid {'repository' if scheme == 'hf' else 'bucket'} name", f"write {form}")
+    bucket, prefix = parts[1], parts[3] or ""
     if name in {".", ".."} or len(name.encode()) > 255 or "\0" in text:
         raise ConfigError(f"'{name}' cannot be the name of a directory", "choose another NAME=")
     if prefix and not prefix.endswith("/"):
         prefix += "/"
-    return Source(bucket, prefix, name)
+    return Source(bucket, prefix, name, scheme, parts[2] or "")
 
 
 def name_sources(sources: list[Source]) -> tuple[Source, ...]:
@@ -336,7 +375,9 @@ def name_sources(sources: list[Source]) -> tuple[Source, ...]:
     named = [
         source
         if source.name
-        else dataclasses.replace(source, name=source.prefix.rstrip("/").rpartition("/")[2] or source.bucket)
+        else dataclasses.replace(
+            source, name=source.prefix.rstrip("/").rpartition("/")[2] or source.bucket.rpartition("/")[2]
+        )
         for source in sources
     ]
     for index, source in enumerate(named):
@@ -429,8 +470,8 @@ def _check_fetch(fetch: FetchConfig) -> FetchConfig:
             f"--max-memory {fetch.max_memory.bytes} bytes holds fewer than four chunks",
             f"give at least {4 * CHUNK_BYTES // MIB}MiB",
         )
-    if fetch.trace_uri:
-        parse_source(fetch.trace_uri)
+    if fetch.trace_uri and parse_source(fetch.trace_uri).scheme != "s3":
+        raise ConfigError(f"--trace-uri '{fetch.trace_uri}' cannot be written to", "write s3://BUCKET/PREFIX/")
     return fetch
 
 

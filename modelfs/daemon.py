@@ -168,25 +168,25 @@ class Worker:
     # -- sources ------------------------------------------------------------------------------------
 
     def _make_origins(self) -> dict[str, Origin]:
-        buckets = {source.bucket for source in self._config.sources}
-        return {bucket: self._make_origin(bucket) for bucket in sorted(buckets)}
+        places = {source.place for source in self._config.sources}
+        return {place: self._make_origin(place) for place in sorted(places)}
 
-    def _make_origin(self, bucket: str) -> Origin:
+    def _make_origin(self, place: str) -> Origin:
         config, count = self._config.origin, self._metrics.count_origin
         if self._processes is None:
-            from modelfs.origins.s3 import S3Origin  # noqa: PLC0415 - the SDK is a third of our imports
+            from modelfs.origins.places import make_origin  # noqa: PLC0415 - not needed with processes
 
-            return S3Origin(bucket=bucket, config=config, count=count)
+            return make_origin(place, config, count)
         from modelfs.origins.remote import RemoteOrigin  # noqa: PLC0415 - needed with processes alone
 
-        return RemoteOrigin(bucket=bucket, config=config, count=count, processes=self._processes)
+        return RemoteOrigin(place=place, config=config, count=count, processes=self._processes)
 
     def _make_traces(self) -> Traces:
         uri = self._config.fetch.trace_uri
         if not uri:
             return Traces(store=self._store, origin=None, prefix="")
         source = parse_source(uri)
-        origin = self._origins.get(source.bucket) or self._make_origin(source.bucket)
+        origin = self._origins.get(source.place) or self._make_origin(source.place)
         return Traces(store=self._store, origin=origin, prefix=source.prefix)
 
     async def _keep_trace(self, load: Load) -> None:
@@ -222,7 +222,7 @@ class Worker:
 
     def _saved_name(self, source: Source) -> str:
         pinned = "?versions" if self._config.origin.pin_versions else ""
-        return f"{self._origins[source.bucket].name}/{source.prefix}{pinned}"
+        return f"{self._origins[source.place].name}/{source.prefix}{pinned}"
 
     async def _list_all(self) -> list[Listing]:
         """List every source anew.
@@ -235,7 +235,7 @@ class Worker:
         limiter = trio.CapacityLimiter(LISTINGS)
 
         async def list_one(position: int, source: Source) -> None:
-            origin = self._origins[source.bucket]
+            origin = self._origins[source.place]
             try:
                 objects: list[ObjectInfo] = await trio.to_thread.run_sync(
                     lambda: list(origin.list(source.prefix)), limiter=limiter

@@ -18,7 +18,17 @@ def setup_logging(level: str, form: str) -> None:
         _JsonFormatter() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for noisy in ("botocore", "boto3", "urllib3", "s3transfer"):
+    for noisy in (
+        "botocore",
+        "boto3",
+        "urllib3",
+        "s3transfer",
+        "gcsfs",
+        "google",
+        "httpx",
+        "httpx2",
+        "huggingface_hub",
+    ):
         # Their debug lines hold signed headers.
         logging.getLogger(noisy).setLevel(logging.ERROR)
 

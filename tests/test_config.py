@@ -38,9 +38,28 @@ def test_durations(text, seconds):
 def test_source_forms():
     assert config.parse_source("s3://bucket") == config.Source("bucket", "")
     assert config.parse_source("llama=s3://bucket/a/b") == config.Source("bucket", "a/b/", "llama")
+    assert config.parse_source("gs://bucket/a") == config.Source("bucket", "a/", "", "gs")
+    assert config.parse_source("hf://org/name") == config.Source("org/name", "", "", "hf")
+    assert config.parse_source("hf://org/name@v1/sub") == config.Source("org/name", "sub/", "", "hf", "v1")
+    assert config.parse_source("hf://datasets/o/n@refs/pr/7/x") == config.Source(
+        "datasets/o/n", "x/", "", "hf", "refs/pr/7"
+    )
+    assert config.parse_source("file:///models/llama") == config.Source("", "models/llama/", "", "file")
+    assert config.parse_source("https://host:8443/a/b") == config.Source("host:8443", "a/b/", "", "https")
 
 
-@pytest.mark.parametrize("text", ["bucket/x", "gs://bucket/x", "s3://", "s3://B!/x", "..=s3://bucket/x", ""])
+@pytest.mark.parametrize("text", ["hf://org/name@v1/sub", "file:///models/x", "https://[::1]:80/a", "gs://bucket/a"])
+def test_source_is_read_back_from_how_it_is_written(text):
+    source = config.parse_source(text)
+    assert config.parse_source(source.uri) == source
+    assert config.parse_source(source.place) == config.Source(source.bucket, "", "", source.scheme, source.revision)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["bucket/x", "ftp://bucket/x", "s3://", "s3://B!/x", "..=s3://bucket/x", "", "hf://name", "hf://o/n@", "file://x",
+     "https://", "https://user:secret@host/x", "gs://", "s3://bucket@v1/x"],
+)  # fmt: skip
 def test_bad_sources_name_themselves(text):
     with pytest.raises(ConfigError) as caught:
         config.parse_source(text)

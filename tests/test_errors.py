@@ -9,7 +9,7 @@ import botocore.exceptions
 import pytest
 
 from modelfs import errors
-from modelfs.config import OriginConfig
+from modelfs.config import OriginConfig, Source
 from modelfs.metrics import Metrics
 from modelfs.origins.s3 import S3Origin
 from tests.support.mounting import run
@@ -106,8 +106,8 @@ def test_bad_option_value_toml_and_environment(tmp_path):
     assert (code, "line 2" in line) == (2, True)
     code, line = attempt(tmp_path, "s3://bucket/p", env={"MODELFS_UMASK": "999"})
     assert (code, "environment variable MODELFS_UMASK: bad value '999'" in line) == (2, True)
-    code, line = attempt(tmp_path, "gs://bucket/p")
-    assert (code, "unknown scheme gs://" in line) == (2, True)
+    code, line = attempt(tmp_path, "ftp://bucket/p")
+    assert (code, "unknown scheme ftp://" in line) == (2, True)
 
 
 def test_unknown_option_is_a_usage_error():
@@ -131,7 +131,7 @@ def test_wrong_region(tmp_path):
     """No server here has regions: the store's answer is the recorded one."""
     os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "x"
     try:
-        origin = S3Origin(bucket="bucket", config=OriginConfig(), count=Metrics().count_origin)
+        origin = S3Origin(source=Source("bucket", ""), config=OriginConfig(), count=Metrics().count_origin)
     finally:
         del os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
     answer = {

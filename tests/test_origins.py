@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 
 from modelfs.chunks import MIB, ByteRange, ObjectId, ObjectInfo
-from modelfs.config import OriginConfig
+from modelfs.config import OriginConfig, Source
 from modelfs.digests import ALGORITHMS
 from modelfs.errors import (
     AccessDeniedError,
@@ -54,7 +54,7 @@ def setting(any_store, new_bucket, monkeypatch):
 
 
 def origin(bucket_name, **config):
-    return S3Origin(bucket=bucket_name, config=OriginConfig(**config), count=Metrics().count_origin)
+    return S3Origin(source=Source(bucket_name, ""), config=OriginConfig(**config), count=Metrics().count_origin)
 
 
 def listed(setting, key) -> ObjectInfo:

@@ -83,7 +83,9 @@ def metrics():
 @pytest.fixture
 def origin(bucket, processes, metrics):
     def make(name=bucket.name, **config):
-        return RemoteOrigin(bucket=name, config=OriginConfig(**config), processes=processes, count=metrics.count_origin)
+        return RemoteOrigin(
+            place=f"s3://{name}", config=OriginConfig(**config), processes=processes, count=metrics.count_origin
+        )
 
     return make
 
@@ -227,7 +229,7 @@ def test_a_configuration_that_changes_later_is_a_failure_to_be_tried_again(
     bucket.put("k", b"data")
     config = OriginConfig(profile="team", addressing="path")
     with started() as processes:
-        made = RemoteOrigin(bucket=bucket.name, config=config, processes=processes, count=metrics.count_origin)
+        made = RemoteOrigin(place=f"s3://{bucket.name}", config=config, processes=processes, count=metrics.count_origin)
         info, sink = sole(made), Sink(processes.memory)
         file.write_text(text and profile + text)
         for pid in processes.pids:
@@ -242,7 +244,7 @@ def test_a_configuration_that_changes_later_is_a_failure_to_be_tried_again(
 
 def test_what_nobody_foresaw_is_an_error_and_not_a_hang(environment, metrics):
     with started((sys.executable, "-m", "tests.support.odd_process"), "error") as processes:
-        made = RemoteOrigin(bucket="b", config=OriginConfig(), processes=processes, count=metrics.count_origin)
+        made = RemoteOrigin(place="s3://bucket", config=OriginConfig(), processes=processes, count=metrics.count_origin)
         info = ObjectInfo(ObjectId(made.name, "k", "v"), 10, 0)
         for _ in range(4):  # as often as there are connections
             with pytest.raises(OriginError, match="KeyError"):

@@ -16,7 +16,7 @@ from modelfs.cli.progress import human_bytes
 from modelfs.errors import ModelfsError
 from modelfs.fuse.tuning import READ_AHEAD_KIB, Mount, has_cap_sys_admin, mounts
 from modelfs.metrics import Metrics
-from modelfs.origins.s3 import S3Origin
+from modelfs.origins.places import make_origin
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 _PROBE_BYTES = 64 * 1024 * 1024
@@ -33,9 +33,7 @@ Finding = tuple[str, str, str]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument(
-        "source", nargs="?", metavar="SOURCE", help="also check that this s3://BUCKET/PREFIX/ can be read"
-    )
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help="also check that this source can be read")
     for name in ("cache_dir", "endpoint_url", "region", "profile"):
         parser.add_argument("--" + name.replace("_", "-"), dest=name, metavar="VALUE", help="as for modelfs mount")
     parser.add_argument("--no-sign-request", dest="no_sign_request", action="store_const", const="true")
@@ -223,7 +221,7 @@ def _bucket(config: configuration.Config) -> Iterator[Finding]:
     source = config.sources[0]
     try:
         began = time.monotonic()
-        origin = S3Origin(bucket=source.bucket, config=config.origin, count=Metrics().count_origin)
+        origin = make_origin(source.place, config.origin, Metrics().count_origin)
         first: ObjectInfo | None = next(iter(origin.list(source.prefix)), None)
         if first is None:
             yield FAIL, f"there is no object under {source.uri}", "check the prefix"

@@ -29,7 +29,7 @@ class Sink(Protocol):
 
 
 class Origin(Protocol):
-    """One bucket."""
+    """One bucket, or what takes its place elsewhere."""
 
     @property
     def name(self) -> str:

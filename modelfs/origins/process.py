@@ -25,8 +25,9 @@ from modelfs.config import OriginConfig
 from modelfs.errors import ConfigError, ModelfsError, OriginError, TransientOriginError
 from modelfs.logs import setup_logging
 from modelfs.memory import Memory
+from modelfs.origins import Count, Origin
+from modelfs.origins.places import make_origin
 from modelfs.origins.remote import ABORT, COUNT, DONE, FAILED, FILLED, PAGE, PLACE
-from modelfs.origins.s3 import S3Origin
 from modelfs.threads import in_background
 
 log = logging.getLogger(__name__)
@@ -71,15 +72,17 @@ class Server:
     Args:
         memory: Where bodies go.
         connections: Where calls come from.
-        kind: What answers them.
+        make: Makes what answers them, by place.
     """
 
-    def __init__(self, memory: Memory, connections: list[Connection], kind: type[S3Origin]) -> None:
+    def __init__(
+        self, memory: Memory, connections: list[Connection], make: Callable[[str, OriginConfig, Count], Origin]
+    ) -> None:
         self._memory = memory
-        self._kind = kind
+        self._make = make
         self._connections = connections
         self._running: dict[int, tuple[int, RemoteSink]] = {}
-        self._origins: dict[tuple[str, OriginConfig], S3Origin] = {}
+        self._origins: dict[tuple[str, OriginConfig], Origin] = {}
         self._lock = threading.Lock()
         self._counts_lock = threading.Lock()
         self._counts: Counter[tuple[str, str]] = Counter()
@@ -111,14 +114,14 @@ class Server:
         self,
         connection: Connection,
         sink: RemoteSink,
-        bucket: str,
+        place: str,
         config: OriginConfig,
         name: str,
         *request: Any,  # noqa: ANN401
     ) -> bytes:
         """Do what a call asks for; return its last message, whatever happens: someone waits for it."""
         try:
-            result = self._do(self._origin(bucket, config, name), connection, sink, *request)
+            result = self._do(self._origin(place, config, name), connection, sink, *request)
         except _EndedError:
             result = None
         except ModelfsError as error:
@@ -126,11 +129,11 @@ class Server:
         except EOFError:
             raise  # the other side is gone
         except Exception as error:
-            log.exception("a call for bucket '%s' failed", bucket)
-            return self._last(FAILED, (OriginError.__name__, f"reading bucket '{bucket}' failed ({error!r:.200})", ""))
+            log.exception("a call for %s failed", place)
+            return self._last(FAILED, (OriginError.__name__, f"reading {place} failed ({error!r:.200})", ""))
         return self._last(DONE, result)
 
-    def _do(self, origin: S3Origin, connection: Connection, sink: RemoteSink, kind: str, *arguments: Any) -> object:  # noqa: ANN401
+    def _do(self, origin: Origin, connection: Connection, sink: RemoteSink, kind: str, *arguments: Any) -> object:  # noqa: ANN401
         if kind == "read":
             info, span = arguments
             origin.read_into(info, span, sink)
@@ -149,15 +152,15 @@ class Server:
             return None
         return origin.name
 
-    def _origin(self, bucket: str, config: OriginConfig, name: str) -> S3Origin:
+    def _origin(self, place: str, config: OriginConfig, name: str) -> Origin:
         """Return the origin; ``name`` is what it was called at the mount, nothing at that time.
 
         It may be made long after the mount, when the configuration is being written or means another store.
         """
         with self._lock:
-            if (bucket, config) not in self._origins:
+            if (place, config) not in self._origins:
                 try:
-                    made = self._kind(bucket=bucket, config=config, count=self._count)
+                    made = self._make(place, config, self._count)
                 except ConfigError as error:
                     if not name:
                         raise
@@ -167,8 +170,8 @@ class Server:
                         f"the configuration leads to {made.name} now, at the mount it was {name}",
                         "mount again to use it",
                     )
-                self._origins[bucket, config] = made
-            return self._origins[bucket, config]
+                self._origins[place, config] = made
+            return self._origins[place, config]
 
     def _count(self, what: str, label: str, amount: int) -> None:
         with self._counts_lock:
@@ -180,18 +183,18 @@ class Server:
         return bytes((kind,)) + pickle.dumps((counts, result))
 
 
-def main(words: list[str], kind: type[S3Origin] = S3Origin) -> None:
+def main(words: list[str], make: Callable[[str, OriginConfig, Count], Origin] = make_origin) -> None:
     """Serve until the other side is gone.
 
     Args:
         words: What stands on the command line.
-        kind: What answers the calls.
+        make: Makes what answers the calls, by place.
     """
     level, form, memory, control, *connections = words
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # they reach the whole group; the other side decides
     setup_logging(level, form)
-    server = Server(Memory(int(memory)), [Connection(int(number)) for number in connections], kind)
+    server = Server(Memory(int(memory)), [Connection(int(number)) for number in connections], make)
     with contextlib.suppress(EOFError, OSError):
         server.run(Connection(int(control)))
     os._exit(0)  # threads may be waiting for the network

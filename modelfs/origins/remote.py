@@ -190,10 +190,10 @@ class Call:
 
 
 class RemoteOrigin:
-    """One bucket at one endpoint, behind ``processes``; see ``Origin``.
+    """One place, behind ``processes``; see ``Origin``.
 
     Args:
-        bucket: The bucket's name.
+        place: Where it is; see ``places``.
         config: Endpoint, region, profile, addressing.
         processes: Who does the work.
         count: Takes the counts of requests, bytes and failures.
@@ -202,8 +202,8 @@ class RemoteOrigin:
         ConfigError: The configuration cannot be used.
     """
 
-    def __init__(self, *, bucket: str, config: OriginConfig, processes: Processes, count: Count) -> None:
-        self._bucket = bucket
+    def __init__(self, *, place: str, config: OriginConfig, processes: Processes, count: Count) -> None:
+        self._place = place
         self._config = config
         self._processes = processes
         self._count = count
@@ -233,7 +233,7 @@ class RemoteOrigin:
     def read_into(self, info: ObjectInfo, span: ByteRange, sink: Sink) -> None:
         """See ``Origin.read_into``; the sink's space lies in the shared memory."""
         given_up: BaseException | None = None
-        with self._processes.call(self._bucket, self._config, self.name, "read", info, span) as call:
+        with self._processes.call(self._place, self._config, self.name, "read", info, span) as call:
             sink.connected(call.abort)  # by breaking off it is noticed that the process hangs, from now on
             while (message := call.receive())[0] == FILLED:
                 (count,) = COUNT.unpack_from(message, 1)
@@ -251,7 +251,7 @@ class RemoteOrigin:
             sink.advance(count)
 
     def _ask(self, *request: object, take: Callable[[Any], object] = lambda page: None) -> Any:  # noqa: ANN401
-        with self._processes.call(self._bucket, self._config, self.name, *request) as call:
+        with self._processes.call(self._place, self._config, self.name, *request) as call:
             while (message := call.receive())[0] == PAGE:
                 take(pickle.loads(message[1:]))
         return self._finish(message)

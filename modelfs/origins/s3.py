@@ -8,25 +8,20 @@ token has expired all the same, the session is built anew once, so that rewritte
 Threads: one client is shared by all; botocore clients are thread-safe.
 """
 
-import http.client
 import logging
-import random
 import re
-import socket
-import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import boto3
 import botocore.exceptions as sdk
-import urllib3.exceptions
 from botocore import UNSIGNED
 from botocore.config import Config as SdkConfig
 
 from modelfs.chunks import ByteRange, ObjectId, ObjectInfo
-from modelfs.config import OriginConfig
+from modelfs.config import OriginConfig, Source
 from modelfs.digests import ALGORITHMS, ETAG, Digest, from_base64
 from modelfs.errors import (
     AccessDeniedError,
@@ -42,29 +37,16 @@ from modelfs.errors import (
     WrongRegionError,
 )
 from modelfs.origins import Count, Sink
+from modelfs.origins.body import BROKEN, CONNECT_SECONDS, INACTIVITY_SECONDS, MAX_CONNECTIONS, check_range
+from modelfs.origins.retry import RetryingOrigin
 
 log = logging.getLogger(__name__)
 
-CONNECT_SECONDS = 5.0
-INACTIVITY_SECONDS = 10.0
-"""Longest silence of a socket; a trickle is the fetch engine's to notice, by progress."""
-ATTEMPTS = 6
-"""Tries without one new byte; every byte gained starts the count again."""
-BACKOFF_SECONDS = 0.1
-BACKOFF_CAP_SECONDS = 5.0
-MAX_CONNECTIONS = 64
-_RECEIVE_SECONDS = 4
-"""A receive returns with what it has after so long, so that a slow connection shows progress."""
-_BATCH_BYTES = 128 * 1024
-_TAIL_BYTES = 4096
-"""The end of a body is left to http.client, which then knows that the connection is free."""
 _VERSION_ID = "?versionId="
 """In a version, between the ETag and the id that a versioned bucket gave it."""
 _RENEW_SECONDS = 1.0
 """Least age of a session before it is built anew because its credentials were refused."""
 
-_BROKEN = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError)
-"""What a connection that breaks in the middle of a body raises."""
 _DENIED = {"AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AllAccessDisabled", "AccountProblem"}
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken"}
 _THROTTLED = {"SlowDown", "TooManyRequests", "Throttling", "ThrottlingException", "RequestLimitExceeded", "429", "503"}
@@ -72,22 +54,21 @@ _REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocation
 _CHANGED = {"PreconditionFailed", "412"}
 
 
-class S3Origin:
+class S3Origin(RetryingOrigin):
     """One bucket at one endpoint.
 
     Args:
-        bucket: The bucket's name.
+        source: Names the bucket.
         config: Endpoint, region, profile, addressing.
         count: Takes counts.
     """
 
-    def __init__(self, *, bucket: str, config: OriginConfig, count: Count) -> None:
-        self._bucket = bucket
+    def __init__(self, *, source: Source, config: OriginConfig, count: Count) -> None:
+        bucket = self._bucket = source.bucket
         self._config = config
-        self._count = count
         self._lock = threading.Lock()
         self._client_made = 0.0
-        self._client = self._make_client()
+        super().__init__(count, self._make_client())
         self._endpoint = str(self._client.meta.endpoint_url)
         custom = (
             "" if re.fullmatch(r"https://s3[.\w-]*\.amazonaws\.com(\.cn)?", self._endpoint) else f"@{self._endpoint}"
@@ -163,30 +144,7 @@ class S3Origin:
         seconds = int(item["LastModified"].timestamp())
         return ObjectInfo(ObjectId(self.name, item["Key"], version), int(item["Size"]), seconds * 10**9)
 
-    def _persist(self, ask: Callable[[Any], dict[str, Any]], key: str) -> dict[str, Any]:
-        """Call ``ask`` until it succeeds, fails for good, or has failed too often."""
-        for attempt in range(ATTEMPTS):
-            client = self._client
-            try:
-                return ask(client)
-            except Exception as error:
-                failure = self._translate(error, key)
-                if not self._worth_retry(failure, attempt, client):
-                    raise failure from error
-            _pause(attempt)
-        raise AssertionError("the last attempt raises")
-
-    def _worth_retry(self, failure: OriginError, attempt: int, client: Any) -> bool:  # noqa: ANN401
-        """Count the failure; return whether to try again after ``attempt`` earlier ones without progress."""
-        kind = type(failure).__name__.removesuffix("Error")
-        self._count("errors", kind, 1)
-        if attempt + 1 >= ATTEMPTS or (isinstance(failure, EndpointUnreachableError) and attempt >= 2):
-            return False
-        if failure.retryable:
-            return True
-        return isinstance(failure, AccessDeniedError) and attempt == 0 and self._renew_credentials(client)
-
-    def _renew_credentials(self, refused: Any) -> bool:  # noqa: ANN401
+    def _renew(self, refused: Any) -> bool:  # noqa: ANN401
         """Build a fresh session in place of the ``refused`` client; return whether trying again makes sense."""
         with self._lock:
             if self._client is not refused:
@@ -256,73 +214,20 @@ class S3Origin:
 
     # -- reading ------------------------------------------------------------------------------------
 
-    def read_into(self, info: ObjectInfo, span: ByteRange, sink: Sink) -> None:
-        """Download ``span`` into ``sink``, resuming as needed; see ``Origin.read_into``."""
-        position, attempt = span.start, 0
-        while position < span.stop:
-            before, client = position, self._client
-            try:
-                for count in self._stream(client, info, ByteRange(position, span.stop), sink):
-                    position += count
-                if position == span.stop:
-                    return
-                raise TransientOriginError(
-                    f"the body of {self._where(info.id.key)} ended {span.stop - position} bytes early"
-                )
-            except OriginError as error:
-                failure, cause = error, error.__cause__
-            except (sdk.BotoCoreError, sdk.ClientError, *_BROKEN) as error:
-                failure, cause = self._translate(error, info.id.key), error
-            if position > before:
-                attempt = 0
-            if not self._worth_retry(failure, attempt, client):
-                raise failure from cause
-            if position > span.start:
-                self._count("resumes", "", 1)
-            _pause(attempt)
-            attempt += 1
-
     def _stream(self, client: Any, info: ObjectInfo, span: ByteRange, sink: Sink) -> Iterator[int]:  # noqa: ANN401
         """Yield the number of bytes received at a time; ends early when the body does."""
         self._count("requests", "get", 1)
         answer = client.get_object(
             Bucket=self._bucket, Key=info.id.key, Range=f"bytes={span.start}-{span.stop - 1}", **_pinned(info)
         )
-        raw, left = answer["Body"]._raw_stream, len(span)
-        try:
-            self._check(answer, info, span)
-            body = _Body(raw, left)
-            sink.connected(body.abort)
-            while left:
-                count = body.into(sink.space())
-                if not count:
-                    return
-                sink.advance(count)
-                left -= count
-                yield count
-            body.finish()
-            raw.release_conn()
-            raw = None
-        finally:
-            self._count("bytes", "", len(span) - left)
-            if raw is not None:
-                raw.close()
+        yield from self._receive(answer["Body"]._raw_stream, len(span), sink, lambda: self._check(answer, info, span))
 
     def _check(self, answer: dict[str, Any], info: ObjectInfo, span: ByteRange) -> None:
         """Make sure the answer is the range and the version asked for."""
         where = self._where(info.id.key)
         if answer.get("ETag") not in {None, etag_of(info)}:
             raise ObjectChangedError(f"{where} was overwritten", "open it again to read the new version")
-        expected = f"bytes {span.start}-{span.stop - 1}/{info.size}"
-        whole = answer.get("ContentRange") is None and len(span) == info.size
-        if answer.get("ContentRange") != expected and not whole:
-            raise TransientOriginError(
-                f"{where}: asked for '{expected}', the store sent '{answer.get('ContentRange')}'"
-            )
-        if answer.get("ContentLength") not in {None, len(span)}:
-            raise TransientOriginError(
-                f"{where}: asked for {len(span)} bytes, the store announced {answer.get('ContentLength')}"
-            )
+        check_range(where, span, info.size, answer.get("ContentRange"), answer.get("ContentLength"))
 
     # -- errors -------------------------------------------------------------------------------------
 
@@ -349,7 +254,7 @@ class S3Origin:
                 f"cannot connect to {self._endpoint} for bucket '{self._bucket}'",
                 "check --endpoint-url and the network",
             )
-        if isinstance(error, (sdk.HTTPClientError, *_BROKEN)):
+        if isinstance(error, (sdk.HTTPClientError, *BROKEN)):
             return TransientOriginError(f"the connection to {self._endpoint} broke while reading {self._where(key)}")
         if isinstance(error, sdk.BotoCoreError):
             return OriginError(f"the request for {self._where(key)} could not be made ({_plain(error)})")
@@ -400,107 +305,6 @@ def _pinned(info: ObjectInfo) -> dict[str, str]:
     """Return what makes a request fail, or not succeed otherwise, if the object has another version."""
     etag, _, version = info.id.version.partition(_VERSION_ID)
     return {"IfMatch": etag, **({"VersionId": version} if version else {})}
-
-
-class _Body:
-    """Receives the body of one answer into memory that is lent to it.
-
-    urllib3's readinto would make one more copy of every byte, so http.client's is used; the bulk is taken from the
-    socket below it. From a plain one by recv(2) with MSG_WAITALL, which fills a slice in one system call: every
-    return to Python is a fight of all downloads for the interpreter lock. Of TLS only a record can be had at a time.
-    """
-
-    def __init__(self, response: Any, length: int) -> None:  # noqa: ANN401
-        self._response = response._fp
-        self._left = length
-        sock = getattr(response._connection, "sock", None)
-        self._socket: socket.socket | None = sock if isinstance(sock, socket.socket) else None
-        # A chunked body has more in it than its bytes.
-        self._direct = self._socket is not None and not self._response.chunked and self._response.length == length
-        self._plain = self._direct and type(sock) is socket.socket
-        self._buffered = -1
-        """What came with the headers lies in http.client's buffer and goes first; not looked at yet."""
-        if self._plain and self._socket is not None:
-            seconds = struct.pack("@ll", _RECEIVE_SECONDS, 0)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
-            self._socket.settimeout(None)
-        self._batch = 1
-
-    def into(self, space: memoryview) -> int:
-        """Fill the beginning of ``space``; return the number of bytes, 0 at the end of the body.
-
-        Raises:
-            OSError: The connection broke or has been silent for too long.
-        """
-        if self._buffered < 0:
-            self._buffered = len(self._response.fp.peek(1)) if self._direct else 0
-        if self._buffered:
-            space = space[: self._buffered]
-        if self._socket is None or not self._direct or self._buffered or self._left <= _TAIL_BYTES:
-            count = int(self._response.readinto(space[: self._left]))
-            self._buffered = max(0, self._buffered - count)
-        else:
-            receive = self._receive if self._plain else _receive_records
-            count = receive(self._socket, space[: self._left - _TAIL_BYTES])
-            self._response.length -= count
-        self._left -= count
-        return count
-
-    def _receive(self, sock: socket.socket, space: memoryview) -> int:
-        # Wake the thread per batch, not per segment; but never wait for more than the body still has.
-        batch = min(len(space), _BATCH_BYTES) if self._left - len(space) > _BATCH_BYTES else 1
-        if batch != self._batch:
-            self._batch = batch
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, batch)
-        deadline = time.monotonic() + INACTIVITY_SECONDS
-        while True:
-            try:
-                return sock.recv_into(space, len(space), socket.MSG_WAITALL)
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise TimeoutError(f"no byte for {INACTIVITY_SECONDS:.0f} s") from None
-
-    def finish(self) -> None:
-        """Leave the connection as it was found, for its next request."""
-        sock, self._socket = self._socket, None
-        if sock is not None and self._plain:
-            sock.settimeout(INACTIVITY_SECONDS)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-
-    def abort(self) -> None:
-        """Break off the wait for the network; callable from any thread.
-
-        The shutdown of ``SSLSocket``, and so urllib3's, would also take off the TLS layer: what is still in the
-        socket's queue would then be read as it is, and ciphertext taken for the body.
-
-        Raises:
-            OSError: There is no connection (any more).
-        """
-        sock = self._socket
-        if sock is None:
-            raise OSError("the body has ended")
-        socket.socket.shutdown(sock, socket.SHUT_RD)
-
-
-def _receive_records(sock: socket.socket, space: memoryview) -> int:
-    """Fill ``space`` from a TLS connection, or as much as comes before it is time to show progress."""
-    until, count = time.monotonic() + _RECEIVE_SECONDS, 0
-    while count < len(space) and time.monotonic() < until:
-        try:
-            received = sock.recv_into(space[count:])
-        except OSError:
-            if not count:
-                raise
-            break  # what there is counts; the next call meets the failure again
-        if not received:
-            break
-        count += received
-    return count
-
-
-def _pause(attempt: int) -> None:
-    """Wait with full jitter before the next try."""
-    time.sleep(random.uniform(0, min(BACKOFF_CAP_SECONDS, BACKOFF_SECONDS * 2**attempt)))
 
 
 def _plain(error: Exception) -> str:

@@ -148,7 +148,7 @@ class Index:
         if value is None:
             return None
         origin, rows = json.loads(zlib.decompress(bytes(value)))
-        return [ObjectInfo(ObjectId(origin, key, version), size, mtime) for key, version, size, mtime in rows]
+        return [ObjectInfo(ObjectId(origin, key, version), *more) for key, version, *more in rows]
 
     def trace(self, name: str) -> bytes | None:
         """Return the text of a trace, or ``None``."""
@@ -228,7 +228,7 @@ class Index:
 
     def save_listing(self, source: str, objects: list[ObjectInfo]) -> None:
         """Keep a listing for the next worker."""
-        rows = [(info.id.key, info.id.version, info.size, info.mtime_ns) for info in objects]
+        rows = [(info.id.key, info.id.version, info.size, info.mtime_ns, info.locator) for info in objects]
         origin = objects[0].id.origin if objects else ""
         value = zlib.compress(json.dumps([origin, rows]).encode(), 1)
         with self._env.begin(write=True) as txn:

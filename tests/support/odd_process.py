@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 
 from modelfs.chunks import ByteRange, ObjectInfo
+from modelfs.config import parse_source
 from modelfs.origins import Sink
 from modelfs.origins.process import main
 from modelfs.origins.s3 import S3Origin
@@ -19,4 +20,4 @@ class OddOrigin(S3Origin):
         raise OSError("odd")
 
 
-main(sys.argv[1:], OddOrigin)
+main(sys.argv[1:], lambda place, config, count: OddOrigin(source=parse_source(place), config=config, count=count))

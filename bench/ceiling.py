@@ -23,7 +23,7 @@ import trio
 from botocore.awsrequest import AWSResponse
 
 from modelfs.chunks import CHUNK_BYTES, MIB, ByteRange, ObjectId, ObjectInfo
-from modelfs.config import OriginConfig, Size, Source, StoreConfig
+from modelfs.config import OriginConfig, Size, StoreConfig
 from modelfs.eviction import Eviction
 from modelfs.fetch import Fetch, PlanItem
 from modelfs.memory import Memory
@@ -32,6 +32,7 @@ from modelfs.origins import Count, Origin, Sink
 from modelfs.origins import process as downloads
 from modelfs.origins.remote import Processes, RemoteOrigin
 from modelfs.origins.s3 import S3Origin
+from modelfs.source import Source
 from modelfs.store import Store, StoredObject
 from modelfs.worker import SWITCH_SECONDS
 
@@ -119,7 +120,7 @@ def measure(kind: type[Pretence], *, processes: int, connections: int, seconds: 
     """Return the rate with so many processes; with none, of threads in this one."""
     with tempfile.TemporaryDirectory(prefix="modelfs-ceiling-") as home:
         task = functools.partial(rate, Path(home), connections=connections, seconds=seconds)
-        count = Metrics().count_origin
+        count = Metrics().origin_counter("s3")
         if not processes:
             return trio.run(task, kind(source=SOURCE, config=CONFIG, count=count), Memory())
         memory = Memory.share()

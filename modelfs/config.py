@@ -19,6 +19,7 @@ from typing import Any
 
 from modelfs.chunks import CHUNK_BYTES, MIB
 from modelfs.errors import ConfigError, MountpointError
+from modelfs.source import Source, name_sources, parse_patterns, parse_source, read_source
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -77,11 +78,6 @@ def parse_flag(text: str) -> bool:
     if lowered in {"0", "false", "no", "off"}:
         return False
     raise ValueError("expected true or false")
-
-
-def parse_patterns(text: str) -> tuple[str, ...]:
-    """Parse a comma-separated list of patterns."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def parse_octal(text: str) -> int:
@@ -212,33 +208,6 @@ class DaemonConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """One mounted prefix.
-
-    ``bucket`` is what the scheme calls one: a bucket or container, ``org/name`` of the Hub, a host, nothing for files.
-    ``revision`` is the Hub's branch, tag or commit. ``name`` is the source's directory, empty when it is the root of
-    the mount.
-    """
-
-    bucket: str
-    prefix: str
-    name: str = ""
-    scheme: str = "s3"
-    revision: str = ""
-
-    @property
-    def place(self) -> str:
-        """Where the objects lie, without the prefix; see ``origins.places``."""
-        revision = f"@{self.revision}" if self.revision else ""
-        return f"{self.scheme}://{self.bucket}{revision}"
-
-    @property
-    def uri(self) -> str:
-        """The source as the user writes it."""
-        return f"{self.place}/{self.prefix}"
-
-
-@dataclass(frozen=True, slots=True)
 class Config:
     """Everything a mount needs to know."""
 
@@ -260,7 +229,10 @@ class Config:
         raw = json.loads(text)
         store, tree = raw["store"], raw["tree"]
         return cls(
-            sources=tuple(Source(**source) for source in raw["sources"]),
+            sources=tuple(
+                Source(include=tuple(source.pop("include")), exclude=tuple(source.pop("exclude")), **source)
+                for source in raw["sources"]
+            ),
             mountpoint=raw["mountpoint"],
             origin=OriginConfig(**raw["origin"]),
             store=StoreConfig(store["cache_dir"], Size(**store["cache_size"]), Size(**store["min_free"])),
@@ -317,79 +289,6 @@ def options() -> list[Option]:
     ]
 
 
-_SCHEMES = {
-    "s3": r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}",
-    "gs": r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}",
-    "az": r"[A-Za-z0-9$][A-Za-z0-9-]{1,62}",
-    "oci": r"[A-Za-z0-9._-]{1,256}@[A-Za-z0-9._-]{1,256}",
-    "hf": r"(?:(?:models|datasets|spaces)/)?[A-Za-z0-9._-]{1,96}/[A-Za-z0-9._-]{1,96}",
-    "file": "",
-    "https": r"[A-Za-z0-9.\[\]:_-]+",
-    "http": r"[A-Za-z0-9.\[\]:_-]+",
-}
-"""What stands between the scheme and the prefix."""
-_FORMS = {
-    "oci": "oci://BUCKET@NAMESPACE/PREFIX/",
-    "hf": "hf://ORG/NAME[@REVISION][/PREFIX/]",
-    "file": "file:///DIRECTORY/",
-    "https": "https://HOST/PATH/",
-    "http": "http://HOST/PATH/",
-}
-_REVISION = r"@(refs/pr/[0-9]+|[^/@]+)"
-
-
-def parse_source(text: str) -> Source:
-    """Parse ``[NAME=]s3://bucket/prefix/``, or one of the other schemes.
-
-    Raises:
-        ConfigError: The text is not a source.
-    """
-    match = re.fullmatch(r"(?:([^=/]+)=)?([a-z0-9+]+)://(.*)", text, re.DOTALL)
-    if not match:
-        raise ConfigError(f"'{text}' is not a source", "write s3://BUCKET/PREFIX/ or NAME=s3://BUCKET/PREFIX/")
-    name, scheme, rest = match[1] or "", match[2], match[3]
-    if scheme not in _SCHEMES:
-        known = ", ".join(f"{one}://" for one in _SCHEMES)
-        raise ConfigError(f"'{text}' has the unknown scheme {scheme}://", f"one of {known} is supported")
-    revision = _REVISION if scheme == "hf" else "()"
-    parts = re.fullmatch(rf"({_SCHEMES[scheme]})(?:{revision})?(?:/(.*))?", rest, re.DOTALL)
-    if not parts:
-        form = _FORMS.get(scheme, f"{scheme}://BUCKET/PREFIX/")
-        raise ConfigError(f"'{text}' has no valid {'repository' if scheme == 'hf' else 'bucket'} name", f"write {form}")
-    bucket, prefix = parts[1], parts[3] or ""
-    if name in {".", ".."} or len(name.encode()) > 255 or "\0" in text:
-        raise ConfigError(f"'{name}' cannot be the name of a directory", "choose another NAME=")
-    if prefix and not prefix.endswith("/"):
-        prefix += "/"
-    return Source(bucket, prefix, name, scheme, parts[2] or "")
-
-
-def name_sources(sources: list[Source]) -> tuple[Source, ...]:
-    """Give every source of several a directory name of its own: the one written, else its last path part.
-
-    Raises:
-        ConfigError: Two sources would share a name.
-    """
-    if len(sources) == 1:
-        return tuple(sources)
-    named = [
-        source
-        if source.name
-        else dataclasses.replace(
-            source, name=source.prefix.rstrip("/").rpartition("/")[2] or source.bucket.rpartition("/")[2]
-        )
-        for source in sources
-    ]
-    for index, source in enumerate(named):
-        for other in named[:index]:
-            if other.name == source.name:
-                raise ConfigError(
-                    f"{other.uri} and {source.uri} would both be the directory '{source.name}'",
-                    f"name one of them: NAME={source.uri}",
-                )
-    return tuple(named)
-
-
 def check_mountpoint_text(mountpoint: str) -> str:
     """Return the absolute mountpoint.
 
@@ -432,8 +331,8 @@ def read_toml(path: str) -> dict[str, Any]:
     for key, value in raw.items():
         where = f"{path}, line {_toml_line(text, key)}"
         name = key.replace("-", "_")
-        if name == "sources" and isinstance(value, list) and all(isinstance(item, str) for item in value):
-            values[name] = [parse_source(item) for item in value]
+        if name == "sources" and isinstance(value, list) and all(isinstance(item, str | dict) for item in value):
+            values[name] = [parse_source(item) if isinstance(item, str) else read_source(item, path) for item in value]
         elif name == "mountpoint" and isinstance(value, str):
             values[name] = value
         elif name in table:

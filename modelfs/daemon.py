@@ -23,9 +23,9 @@ import pyfuse3
 import trio
 
 from modelfs.chunks import ObjectInfo
-from modelfs.config import Config, Source, parse_source
+from modelfs.config import Config
 from modelfs.digests import Digest
-from modelfs.errors import CacheError, ModelfsError, ObjectNotFoundError, OriginError
+from modelfs.errors import CacheError, ModelfsError, OriginError
 from modelfs.eviction import Eviction
 from modelfs.fetch import Fetch, default_budget
 from modelfs.filesystem import DataPath, Namespace, View
@@ -37,13 +37,14 @@ from modelfs.fuse.tuning import Tuning, control_socket
 from modelfs.loads import Load, Loads
 from modelfs.memory import Memory
 from modelfs.metrics import Metrics
-from modelfs.origins import Origin
 from modelfs.pages import Pages
 from modelfs.prefetch import Prefetch, model_files
+from modelfs.source import parse_source
+from modelfs.sources import Sources
 from modelfs.status import Status
 from modelfs.store import Store
 from modelfs.traces import Traces
-from modelfs.tree import Directory, Listing, Tree
+from modelfs.tree import Directory, Listing
 from modelfs.verification import Verification
 
 if TYPE_CHECKING:
@@ -54,12 +55,9 @@ log = logging.getLogger(__name__)
 
 MAX_TASKS = 1024
 """Namespace requests at once; with pyfuse3's 99, blocked ones stall every lookup."""
-LISTINGS = 4
-"""Listings at once: downloads keep their connections."""
 QUIET_SECONDS = 30.0
 """After so long without an open or a read, hashing files is in nobody's way."""
 _REFRESH_PAUSE_SECONDS = 1.0
-_EXAMPLES = 3
 
 
 def available_memory() -> int:
@@ -105,15 +103,14 @@ class Worker:
         """
         config = self._config
         budget = config.fetch.max_memory.of(available_memory()) or default_budget(available_memory(), self._runs)
-        self._origins = self._make_origins()
+        self._sources = Sources(config, self._metrics, self._processes)
         with self._open_store(f"modelfs mount at {config.mountpoint}", budget) as store:
             self._store = store
-            self._view = View(store, self._build_tree(await self._first_listings()))
+            self._view = View(store, self._sources.tree(await self._first_listings()))
             prefetching = config.fetch.prefetch != "off"
-            self._by_name = {origin.name: origin for origin in self._origins.values()}
             self._fetch = Fetch(
                 store=store,
-                origins=self._by_name,
+                origins=self._sources.by_name,
                 metrics=self._metrics,
                 budget_bytes=budget,
                 memory=self._processes.memory if self._processes is not None else Memory(),
@@ -159,34 +156,18 @@ class Worker:
                 config = dataclasses.replace(config, cache_dir=directory)
                 store = Store(config=config, metrics=self._metrics, holder=holder, budget=budget, keeps=False)
                 if failure:
-                    store.take_listings(
-                        Path(self._config.store.cache_dir), list(map(self._saved_name, self._config.sources))
-                    )
+                    store.take_listings(Path(self._config.store.cache_dir), self._sources.names())
                 store.disk_error = failure or "workers ended before they could use it"
             yield stack.enter_context(contextlib.closing(store))
 
     # -- sources ------------------------------------------------------------------------------------
-
-    def _make_origins(self) -> dict[str, Origin]:
-        places = {source.place for source in self._config.sources}
-        return {place: self._make_origin(place) for place in sorted(places)}
-
-    def _make_origin(self, place: str) -> Origin:
-        config, count = self._config.origin, self._metrics.count_origin
-        if self._processes is None:
-            from modelfs.origins.places import make_origin  # noqa: PLC0415 - not needed with processes
-
-            return make_origin(place, config, count)
-        from modelfs.origins.remote import RemoteOrigin  # noqa: PLC0415 - needed with processes alone
-
-        return RemoteOrigin(place=place, config=config, count=count, processes=self._processes)
 
     def _make_traces(self) -> Traces:
         uri = self._config.fetch.trace_uri
         if not uri:
             return Traces(store=self._store, origin=None, prefix="")
         source = parse_source(uri)
-        origin = self._origins.get(source.place) or self._make_origin(source.place)
+        origin = self._sources.origin(source.place)
         return Traces(store=self._store, origin=origin, prefix=source.prefix)
 
     async def _keep_trace(self, load: Load) -> None:
@@ -200,78 +181,18 @@ class Worker:
 
     async def _first_listings(self) -> list[Listing]:
         if self._start["mounted"]:
-            saved = self._saved_listings()
+            saved = self._sources.saved(self._store)
             if saved:
                 self._refresh_wanted.set()
                 return saved
         try:
-            return await self._list_all()
+            return await self._sources.refresh(self._store)
         except OriginError as error:
-            saved = self._saved_listings() if self._config.tree.immutable and error.retryable else []
+            saved = self._sources.saved(self._store) if self._config.tree.immutable and error.retryable else []
             if not saved:
                 raise
             log.warning("mounting what was listed before: %s", error)
             return saved
-
-    def _saved_listings(self) -> list[Listing]:
-        """Return the last good listing of every source, or nothing."""
-        saved = [(source, self._store.listing(self._saved_name(source))) for source in self._config.sources]
-        if any(objects is None for _, objects in saved):
-            return []
-        return [Listing(source.name, source.prefix, tuple(objects or ())) for source, objects in saved]
-
-    def _saved_name(self, source: Source) -> str:
-        pinned = "?versions" if self._config.origin.pin_versions else ""
-        return f"{self._origins[source.place].name}/{source.prefix}{pinned}"
-
-    async def _list_all(self) -> list[Listing]:
-        """List every source anew.
-
-        Raises:
-            OriginError: A listing failed, or nothing is there.
-        """
-        listings: list[Listing | None] = [None] * len(self._config.sources)
-        failures: list[OriginError] = []
-        limiter = trio.CapacityLimiter(LISTINGS)
-
-        async def list_one(position: int, source: Source) -> None:
-            origin = self._origins[source.place]
-            try:
-                objects: list[ObjectInfo] = await trio.to_thread.run_sync(
-                    lambda: list(origin.list(source.prefix)), limiter=limiter
-                )
-            except OriginError as error:
-                failures.append(error)
-                return
-            if not objects:
-                failures.append(ObjectNotFoundError(f"there is no object under {source.uri}", "check the prefix"))
-                return
-            listings[position] = Listing(source.name, source.prefix, tuple(objects))
-            try:
-                await self._store.save_listing(self._saved_name(source), objects)
-            except (OSError, lmdb.Error) as error:
-                log.warning("the listing cannot be kept for a restart: %s", error)
-
-        async with trio.open_nursery() as nursery:
-            for position, source in enumerate(self._config.sources):
-                nursery.start_soon(list_one, position, source)
-        if failures:
-            self._metrics.tree_refreshes.labels(result="failed").inc()
-            raise failures[0]
-        self._metrics.tree_refreshes.labels(result="ok").inc()
-        return [listing for listing in listings if listing is not None]
-
-    def _build_tree(self, listings: list[Listing]) -> Tree:
-        tree = Tree(listings, self._config.tree)
-        self._metrics.tree_files.set(tree.file_count)
-        for reason, count in tree.skipped.items():
-            self._metrics.tree_skipped.labels(reason=reason).set(count)
-        odd = {reason: key for reason, key in tree.skipped_examples.items() if reason != "filtered"}
-        if odd:
-            shown = "; ".join(f"{reason}: {key[:80]!r}" for reason, key in list(odd.items())[:_EXAMPLES])
-            total = sum(count for reason, count in tree.skipped.items() if reason in odd)
-            log.warning("%d keys cannot be shown as files (%s)", total, shown)
-        return tree
 
     async def _keep_fresh(self) -> None:
         """List again at the configured interval, or soon after an object turned out to have changed."""
@@ -283,11 +204,11 @@ class Worker:
                 await self._refresh_wanted.wait()
             self._refresh_wanted = trio.Event()
             try:
-                listings = await self._list_all()
+                listings = await self._sources.refresh(self._store)
             except OriginError as error:
                 log.warning("the listing could not be refreshed, the last one stays: %s", error)
             else:
-                tree = self._build_tree(listings)
+                tree = self._sources.tree(listings)
                 if tree.nodes.keys() != self._view.tree.nodes.keys():
                     log.info("the listing changed: %d files", tree.file_count)
                     self._view.tree = tree
@@ -359,7 +280,7 @@ class Worker:
 
     def _make_verification(self) -> Verification:
         async def ask_store(info: ObjectInfo) -> Digest | None:
-            origin = self._by_name.get(info.id.origin)
+            origin = self._sources.by_name.get(info.id.origin)
             return await trio.to_thread.run_sync(origin.digest, info) if origin else None
 
         return Verification(

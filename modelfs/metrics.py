@@ -4,6 +4,8 @@ Names are ``modelfs_<area>_<thing>_<unit>[_total]`` in base units. Labels have c
 never a key, a path or a bucket. One process has one ``Metrics``; tests make their own.
 """
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _LATENCY_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -30,10 +32,13 @@ class Metrics:
         self.read_bytes = counter("modelfs_read_bytes", "Bytes given to readers, by where they lay.", "tier")
         self.reads = counter("modelfs_reads", "READ requests, by the slowest place they waited for.", "tier")
         self.read_wait = seconds("modelfs_read_wait_seconds", "Time a READ waited for bytes not yet local.")
-        self.origin_bytes = counter("modelfs_origin_bytes", "Body bytes received from the object store.")
+        self.origin_bytes = counter("modelfs_origin_bytes", "Body bytes received, by kind of place.", "scheme")
         self.origin_requests = counter("modelfs_origin_requests", "Requests to the object store.", "op")
         self.origin_errors = counter("modelfs_origin_errors", "Failed requests to the object store.", "kind")
         self.origin_resumes = counter("modelfs_origin_resumes", "Broken bodies resumed at the byte reached.")
+        self.fallback_runs = counter(
+            "modelfs_fallback_runs", "Downloads that a source's second place was needed for.", "result"
+        )
         self.fetch_active = gauge("modelfs_fetch_active_count", "Downloads running now.")
         self.fetch_joined = counter("modelfs_fetch_joined", "Waits that joined a running download.")
         self.fetch_hedged = counter("modelfs_fetch_hedged", "Downloads begun beside one that was late.")
@@ -57,13 +62,17 @@ class Metrics:
         )
         self.worker_starts = gauge("modelfs_worker_starts_count", "How often the worker has been started.")
 
-    def count_origin(self, what: str, kind: str, amount: int) -> None:
-        """Take a count of the object store's side; see ``origins.Count``."""
-        if what == "requests":
-            self.origin_requests.labels(op=kind).inc(amount)
-        elif what == "errors":
-            self.origin_errors.labels(kind=kind).inc(amount)
-        elif what == "resumes":
-            self.origin_resumes.inc(amount)
-        else:
-            self.origin_bytes.inc(amount)
+    def origin_counter(self, scheme: str) -> Callable[[str, str, int], None]:
+        """Return what takes the counts of one place; see ``origins.Count``."""
+
+        def count(what: str, kind: str, amount: int) -> None:
+            if what == "requests":
+                self.origin_requests.labels(op=kind).inc(amount)
+            elif what == "errors":
+                self.origin_errors.labels(kind=kind).inc(amount)
+            elif what == "resumes":
+                self.origin_resumes.inc(amount)
+            else:
+                self.origin_bytes.labels(scheme=scheme).inc(amount)
+
+        return count

@@ -137,7 +137,7 @@ class Status:
                 "hit_rate": round(local / total, 4) if total else None,
             },
             "origin": {
-                "bytes": int(_value(self._metrics.registry, "modelfs_origin_bytes_total")),
+                "bytes": _sum(self._metrics.origin_bytes),
                 "errors": _sum(self._metrics.origin_errors),
                 "rate_bytes_per_second": round(self._rates.total),
             },

@@ -72,11 +72,22 @@ Node = File | Directory
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """All objects of one source at one moment. ``name`` is the source's directory, empty for the root."""
+    """All objects of one source at one moment.
+
+    ``name`` is the source's directory, empty for the root; ``prefixes`` what is cut off the keys of which origin;
+    ``include`` and ``exclude`` are the source's own filters.
+    """
 
     name: str
-    prefix: str
+    prefixes: tuple[tuple[str, str], ...]
     objects: tuple[ObjectInfo, ...]
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def relative(self, info: ObjectInfo) -> str:
+        """Return an object's path below the source."""
+        found = (prefix for origin, prefix in self.prefixes if origin == info.id.origin)
+        return info.id.key.removeprefix(next((prefix for prefix in found if info.id.key.startswith(prefix)), ""))
 
 
 class Tree:
@@ -93,18 +104,19 @@ class Tree:
         self.skipped: Counter[str] = Counter()
         self.skipped_examples: dict[str, str] = {}
         self.total_bytes = 0
-        self._shown = _Filter(config)
+        shown = _Filter(config.include, config.exclude)
         for listing in listings:
             top = self._directory_at(listing.name) if listing.name else self.root
+            own = _Filter(listing.include, listing.exclude)
             for info in listing.objects:
-                self._add(top, info, info.id.key.removeprefix(listing.prefix))
+                self._add(top, info, listing.relative(info), (shown, own))
         self._finish(self.root)
 
     def _skip(self, reason: str, key: str) -> None:
         self.skipped[reason] += 1
         self.skipped_examples.setdefault(reason, key)
 
-    def _add(self, top: Directory, info: ObjectInfo, relative: str) -> None:
+    def _add(self, top: Directory, info: ObjectInfo, relative: str, filters: Iterable["_Filter"]) -> None:
         marker = relative.endswith("/") and info.size == 0
         path = relative[:-1] if marker else relative
         if not path:
@@ -113,7 +125,7 @@ class Tree:
             return
         parts = path.split("/")
         reason = _reason_to_skip(parts)
-        if reason is None and not marker and not self._shown(path):
+        if reason is None and not marker and not all(shown(path) for shown in filters):
             reason = "filtered"
         if reason is not None:
             self._skip(reason, info.id.key)
@@ -200,9 +212,9 @@ def _reason_to_skip(parts: list[str]) -> str | None:
 
 
 class _Filter:
-    def __init__(self, config: TreeConfig) -> None:
-        self._include = [_compile(pattern) for pattern in config.include]
-        self._exclude = [_compile(pattern) for pattern in config.exclude]
+    def __init__(self, include: Iterable[str], exclude: Iterable[str]) -> None:
+        self._include = [_compile(pattern) for pattern in include]
+        self._exclude = [_compile(pattern) for pattern in exclude]
 
     def __call__(self, path: str) -> bool:
         name = path.rpartition("/")[2]
@@ -211,7 +223,8 @@ class _Filter:
 
 
 def _compile(pattern: str) -> "_Match":
-    return _Match(re.compile(fnmatch.translate(pattern.removeprefix("/"))), "/" in pattern)
+    whole = pattern.removeprefix("/") + ("*" if pattern.endswith("/") else "")  # a directory: all below it
+    return _Match(re.compile(fnmatch.translate(whole)), "/" in pattern)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelfs import config
+from modelfs import config, source
 from modelfs.errors import ConfigError, MountpointError
 
 
@@ -36,23 +36,23 @@ def test_durations(text, seconds):
 
 
 def test_source_forms():
-    assert config.parse_source("s3://bucket") == config.Source("bucket", "")
-    assert config.parse_source("llama=s3://bucket/a/b") == config.Source("bucket", "a/b/", "llama")
-    assert config.parse_source("gs://bucket/a") == config.Source("bucket", "a/", "", "gs")
-    assert config.parse_source("hf://org/name") == config.Source("org/name", "", "", "hf")
-    assert config.parse_source("hf://org/name@v1/sub") == config.Source("org/name", "sub/", "", "hf", "v1")
-    assert config.parse_source("hf://datasets/o/n@refs/pr/7/x") == config.Source(
+    assert source.parse_source("s3://bucket") == source.Source("bucket", "")
+    assert source.parse_source("llama=s3://bucket/a/b") == source.Source("bucket", "a/b/", "llama")
+    assert source.parse_source("gs://bucket/a") == source.Source("bucket", "a/", "", "gs")
+    assert source.parse_source("hf://org/name") == source.Source("org/name", "", "", "hf")
+    assert source.parse_source("hf://org/name@v1/sub") == source.Source("org/name", "sub/", "", "hf", "v1")
+    assert source.parse_source("hf://datasets/o/n@refs/pr/7/x") == source.Source(
         "datasets/o/n", "x/", "", "hf", "refs/pr/7"
     )
-    assert config.parse_source("file:///models/llama") == config.Source("", "models/llama/", "", "file")
-    assert config.parse_source("https://host:8443/a/b") == config.Source("host:8443", "a/b/", "", "https")
+    assert source.parse_source("file:///models/llama") == source.Source("", "models/llama/", "", "file")
+    assert source.parse_source("https://host:8443/a/b") == source.Source("host:8443", "a/b/", "", "https")
 
 
 @pytest.mark.parametrize("text", ["hf://org/name@v1/sub", "file:///models/x", "https://[::1]:80/a", "gs://bucket/a"])
 def test_source_is_read_back_from_how_it_is_written(text):
-    source = config.parse_source(text)
-    assert config.parse_source(source.uri) == source
-    assert config.parse_source(source.place) == config.Source(source.bucket, "", "", source.scheme, source.revision)
+    found = source.parse_source(text)
+    assert source.parse_source(found.uri) == found
+    assert source.parse_source(found.place) == source.Source(found.bucket, "", "", found.scheme, found.revision)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_source_is_read_back_from_how_it_is_written(text):
 )  # fmt: skip
 def test_bad_sources_name_themselves(text):
     with pytest.raises(ConfigError) as caught:
-        config.parse_source(text)
+        source.parse_source(text)
     assert f"'{text}'" in str(caught.value) or "'..'" in str(caught.value)
     assert caught.value.exit_code == 2
 
@@ -172,3 +172,46 @@ def test_every_option_has_help_and_a_name_of_its_own():
     assert {field.name for field in dataclasses.fields(config.Config)} >= {
         option.section for option in config.options()
     }
+
+
+def test_sources_as_tables(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("""
+        mountpoint = "/mnt/x"
+        [[sources]]
+        uri = "s3://bucket/llama/"
+        name = "llama"
+        origin = "hf://org/llama@v1"
+        allow_patterns = ["*.json", "*.safetensors"]
+        ignore_patterns = "original/"
+        [[sources]]
+        uri = "hf://org/qwen"
+        revision = "refs/pr/1"
+    """)
+    made = config.build([], None, {}, {}, str(file))
+    assert made.sources[0] == source.Source(
+        "bucket", "llama/", "llama", include=("*.json", "*.safetensors"), exclude=("original/",),
+        origin="hf://org/llama@v1/",
+    )  # fmt: skip
+    assert made.sources[1] == source.Source("org/qwen", "", "qwen", "hf", "refs/pr/1")
+    assert config.Config.from_json(made.to_json()) == made
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('uri = "s3://b/x"\nrevison = "v"', "did you mean 'revision'"),
+        ('uri = "s3://bucket/x"\nrevision = "v"', "has no revisions"),
+        ('name = "x"', "without uri"),
+        ('uri = "s3://bucket/x"\norigin = "s3://bucket/y"', "second place"),
+        ('uri = "s3://bucket/x"\ninclude = 3', "'include' has the wrong type"),
+        ('uri = "s3://bucket/x"\nname = ".."', "cannot be the name"),
+        ('uri = "hf://org/name"\nrevision = "a b"', "write hf://"),
+        ('uri = "hf://org/name"\nrevision = "a/b"', "is no revision"),
+    ],
+)
+def test_bad_source_tables_name_themselves(tmp_path, lines, message):
+    file = tmp_path / "c.toml"
+    file.write_text(f"[[sources]]\n{lines}\n")
+    with pytest.raises(ConfigError, match=message):
+        config.build([], "/mnt/x", {}, {}, str(file))

@@ -9,9 +9,10 @@ import botocore.exceptions
 import pytest
 
 from modelfs import errors
-from modelfs.config import OriginConfig, Source
+from modelfs.config import OriginConfig
 from modelfs.metrics import Metrics
 from modelfs.origins.s3 import S3Origin
+from modelfs.source import Source
 from tests.support.mounting import run
 
 
@@ -131,7 +132,7 @@ def test_wrong_region(tmp_path):
     """No server here has regions: the store's answer is the recorded one."""
     os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "x"
     try:
-        origin = S3Origin(source=Source("bucket", ""), config=OriginConfig(), count=Metrics().count_origin)
+        origin = S3Origin(source=Source("bucket", ""), config=OriginConfig(), count=Metrics().origin_counter("s3"))
     finally:
         del os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
     answer = {

@@ -15,7 +15,7 @@ def model():
 
 def files(sizes):
     objects = tuple(ObjectInfo(ObjectId("s3://b", key, "v"), size, 0) for key, size in sizes.items())
-    tree = Tree([Listing("", "", objects)], TreeConfig())
+    tree = Tree([Listing("", (("s3://b", ""),), objects)], TreeConfig())
     return [tree.find(name) for name in sizes]
 
 

@@ -552,7 +552,7 @@ def test_admin_pages(bucket, mounted):
     assert status["sources"][0]["size"] == 2 * CHUNK_BYTES + 1
     metrics = get(f"{base}/metrics")[1]
     values = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
-    assert float(values["modelfs_origin_bytes_total"]) == 2 * CHUNK_BYTES
+    assert float(values['modelfs_origin_bytes_total{scheme="s3"}']) == 2 * CHUNK_BYTES
     for secret in ("secret-name", bucket.name, bucket.store.secret_key, bucket.store.access_key):
         assert secret not in metrics
     request = urllib.request.Request(f"{base}/v1/warm", data=b'{"paths": [""]}')

@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 
 from modelfs.chunks import MIB, ByteRange, ObjectId, ObjectInfo
-from modelfs.config import OriginConfig, Source
+from modelfs.config import OriginConfig
 from modelfs.digests import ALGORITHMS
 from modelfs.errors import (
     AccessDeniedError,
@@ -25,6 +25,7 @@ from modelfs.errors import (
 )
 from modelfs.metrics import Metrics
 from modelfs.origins.s3 import S3Origin
+from modelfs.source import Source
 from tests.support.certificate import make_certificate
 from tests.support.served import Quiet, served
 
@@ -54,7 +55,7 @@ def setting(any_store, new_bucket, monkeypatch):
 
 
 def origin(bucket_name, **config):
-    return S3Origin(source=Source(bucket_name, ""), config=OriginConfig(**config), count=Metrics().count_origin)
+    return S3Origin(source=Source(bucket_name, ""), config=OriginConfig(**config), count=Metrics().origin_counter("s3"))
 
 
 def listed(setting, key) -> ObjectInfo:

@@ -7,10 +7,11 @@ import pytest
 
 from modelfs.chunks import CHUNK_BYTES, ByteRange, ObjectInfo
 from modelfs.cli.embedded import ObjectStore
-from modelfs.config import OriginConfig, parse_source
+from modelfs.config import OriginConfig
 from modelfs.errors import AccessDeniedError, ModelfsError, ObjectChangedError, ObjectNotFoundError, OriginError
 from modelfs.metrics import Metrics
 from modelfs.origins.places import make_origin
+from modelfs.source import parse_source
 from tests.support.mounting import Mounted
 from tests.support.places import PLACES
 from tests.test_origins import Collect
@@ -28,7 +29,7 @@ def place(request, tmp_path, monkeypatch):
 
 def opened(place, uri=""):
     source = parse_source(uri or place.uri)
-    return make_origin(source.place, OriginConfig(), Metrics().count_origin), source.prefix
+    return make_origin(source.place, OriginConfig(), Metrics().origin_counter("s3")), source.prefix
 
 
 def listed(place) -> dict[str, ObjectInfo]:
@@ -159,4 +160,4 @@ def test_missing_extra_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs.core", None)
     monkeypatch.delitem(sys.modules, "modelfs.origins.gs", raising=False)
     with pytest.raises(ModelfsError, match=r"gs:// needs the Python package gcsfs: pip install 'modelfs\[gs\]'"):
-        make_origin("gs://bucket", OriginConfig(), Metrics().count_origin)
+        make_origin("gs://bucket", OriginConfig(), Metrics().origin_counter("s3"))

@@ -26,7 +26,7 @@ BIG = 3 * CHUNK_BYTES
 
 def tree(**sizes: int) -> Tree:
     objects = tuple(ObjectInfo(ObjectId("s3://b", key, "v"), size, 0) for key, size in sizes.items())
-    return Tree([Listing("", "", objects)], TreeConfig())
+    return Tree([Listing("", (("s3://b", ""),), objects)], TreeConfig())
 
 
 def names(files):

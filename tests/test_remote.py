@@ -84,7 +84,7 @@ def metrics():
 def origin(bucket, processes, metrics):
     def make(name=bucket.name, **config):
         return RemoteOrigin(
-            place=f"s3://{name}", config=OriginConfig(**config), processes=processes, count=metrics.count_origin
+            place=f"s3://{name}", config=OriginConfig(**config), processes=processes, count=metrics.origin_counter("s3")
         )
 
     return make
@@ -105,7 +105,7 @@ def test_bytes_come_exactly_and_are_counted(bucket, origin, processes, metrics):
         made.read_into(info, ByteRange(start, stop), sink)
         assert sink.data == data[start:stop]
     assert metrics.registry.get_sample_value("modelfs_origin_requests_total", {"op": "get"}) == 4
-    assert metrics.registry.get_sample_value("modelfs_origin_bytes_total") >= len(data)
+    assert metrics.registry.get_sample_value("modelfs_origin_bytes_total", {"scheme": "s3"}) >= len(data)
 
 
 def test_listing_comes_in_pages(bucket, origin):
@@ -229,7 +229,9 @@ def test_a_configuration_that_changes_later_is_a_failure_to_be_tried_again(
     bucket.put("k", b"data")
     config = OriginConfig(profile="team", addressing="path")
     with started() as processes:
-        made = RemoteOrigin(place=f"s3://{bucket.name}", config=config, processes=processes, count=metrics.count_origin)
+        made = RemoteOrigin(
+            place=f"s3://{bucket.name}", config=config, processes=processes, count=metrics.origin_counter("s3")
+        )
         info, sink = sole(made), Sink(processes.memory)
         file.write_text(text and profile + text)
         for pid in processes.pids:
@@ -244,7 +246,9 @@ def test_a_configuration_that_changes_later_is_a_failure_to_be_tried_again(
 
 def test_what_nobody_foresaw_is_an_error_and_not_a_hang(environment, metrics):
     with started((sys.executable, "-m", "tests.support.odd_process"), "error") as processes:
-        made = RemoteOrigin(place="s3://bucket", config=OriginConfig(), processes=processes, count=metrics.count_origin)
+        made = RemoteOrigin(
+            place="s3://bucket", config=OriginConfig(), processes=processes, count=metrics.origin_counter("s3")
+        )
         info = ObjectInfo(ObjectId(made.name, "k", "v"), 10, 0)
         for _ in range(4):  # as often as there are connections
             with pytest.raises(OriginError, match="KeyError"):
@@ -259,7 +263,7 @@ def test_what_came_before_a_call_was_given_up_is_counted(bucket, origin, process
     with pytest.raises(KeyError, match="enough"):
         made.read_into(sole(made), ByteRange(0, len(data)), Sink(processes.memory, PLACE_BYTES))
     assert metrics.registry.get_sample_value("modelfs_origin_requests_total", {"op": "get"}) == 1
-    assert metrics.registry.get_sample_value("modelfs_origin_bytes_total") >= PLACE_BYTES
+    assert metrics.registry.get_sample_value("modelfs_origin_bytes_total", {"scheme": "s3"}) >= PLACE_BYTES
 
 
 def test_stopping_with_a_download_under_way_starts_nothing_anew(running, processes):

@@ -13,7 +13,7 @@ def info(key: str, size: int = 5, version: str = "v1", mtime: int = 7) -> Object
 
 
 def tree(*keys: str, prefix: str = "p/", **filters: tuple[str, ...]) -> Tree:
-    return Tree([Listing("", prefix, tuple(info(prefix + key) for key in keys))], TreeConfig(**filters))
+    return Tree([Listing("", (("s3://b", prefix),), tuple(info(prefix + key) for key in keys))], TreeConfig(**filters))
 
 
 def paths(built: Tree) -> list[str]:
@@ -49,7 +49,7 @@ def test_directory_wins_over_object_in_either_order():
 
 
 def test_empty_marker_is_a_directory():
-    built = Tree([Listing("", "p/", (info("p/", 0), info("p/empty/", 0), info("p/f")))], TreeConfig())
+    built = Tree([Listing("", (("s3://b", "p/"),), (info("p/", 0), info("p/empty/", 0), info("p/f")))], TreeConfig())
     assert isinstance(built.find("empty"), Directory)
     assert paths(built) == ["f"]
     assert not built.skipped
@@ -66,14 +66,19 @@ def test_filters():
 
 
 def test_named_sources_are_directories():
-    built = Tree([Listing("x", "p/", (info("p/f"),)), Listing("y", "q/", (info("q/f"),))], TreeConfig())
+    built = Tree(
+        [Listing("x", (("s3://b", "p/"),), (info("p/f"),)), Listing("y", (("s3://b", "q/"),), (info("q/f"),))],
+        TreeConfig(),
+    )
     assert paths(built) == ["x/f", "y/f"]
     assert built.file_count == 2
     assert built.total_bytes == 10
 
 
 def test_a_changed_object_is_another_inode_and_an_equal_one_the_same():
-    first, again, changed = (Tree([Listing("", "", (info("k", version=v),))], TreeConfig()) for v in ("1", "1", "2"))
+    first, again, changed = (
+        Tree([Listing("", (("s3://b", ""),), (info("k", version=v),))], TreeConfig()) for v in ("1", "1", "2")
+    )
     number = first.find("k").inode
     assert again.find("k").inode == number
     assert changed.find("k").inode != number
@@ -86,7 +91,7 @@ def test_deep_keys():
 
 @given(st.lists(st.text(max_size=40), max_size=30))
 def test_any_keys_give_a_sound_tree(keys):
-    built = Tree([Listing("", "", tuple(info(key) for key in dict.fromkeys(keys)))], TreeConfig())
+    built = Tree([Listing("", (("s3://b", ""),), tuple(info(key) for key in dict.fromkeys(keys)))], TreeConfig())
     shown = paths(built)
     assert len(shown) == len(set(shown))
     for path in shown:
@@ -97,3 +102,13 @@ def test_any_keys_give_a_sound_tree(keys):
     assert len(shown) + sum(built.skipped.values()) == len(set(keys))
     for node in built.nodes.values():
         assert built.nodes[node.inode] is node
+
+
+def test_filters_of_a_source_hold_for_it_alone():
+    own = {"include": ("*.json", "sub/"), "exclude": ("secret*",)}
+    listings = [
+        Listing("x", (("s3://b", "p/"),), tuple(info(f"p/{name}") for name in ("a.json", "b.bin", "sub/c.bin")), **own),
+        Listing("y", (("s3://b", "q/"),), (info("q/b.bin"), info("q/secret.json"))),
+        Listing("z", (("s3://b", "r/"),), (info("r/secret.json"),), **own),
+    ]
+    assert paths(Tree(listings, TreeConfig())) == ["x/a.json", "x/sub/c.bin", "y/b.bin", "y/secret.json"]

@@ -29,7 +29,7 @@ class Verified:
         self.engine, self.digest = engine, digest
         self.stored = engine.store.object(engine.origin.put("m/model.bin", data))
         self.asked = 0
-        tree = Tree([Listing("", "m/", (self.stored.info,))], TreeConfig())
+        tree = Tree([Listing("", ((self.stored.info.id.origin, "m/"),), (self.stored.info,))], TreeConfig())
         self.verification = Verification(
             mode=mode, store=engine.store, fetch=engine.fetch, ask_store=self.ask, tree=lambda: tree,
             quiet=quiet.is_set, restarted=False, metrics=engine.metrics,

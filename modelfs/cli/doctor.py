@@ -221,7 +221,7 @@ def _bucket(config: configuration.Config) -> Iterator[Finding]:
     source = config.sources[0]
     try:
         began = time.monotonic()
-        origin = make_origin(source.place, config.origin, Metrics().count_origin)
+        origin = make_origin(source.place, config.origin, Metrics().origin_counter(source.scheme))
         first: ObjectInfo | None = next(iter(origin.list(source.prefix)), None)
         if first is None:
             yield FAIL, f"there is no object under {source.uri}", "check the prefix"

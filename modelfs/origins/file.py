@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from modelfs.chunks import ByteRange, ObjectId, ObjectInfo
-from modelfs.config import OriginConfig, Source
+from modelfs.config import OriginConfig
 from modelfs.digests import Digest
 from modelfs.errors import (
     AccessDeniedError,
@@ -24,6 +24,7 @@ from modelfs.errors import (
 )
 from modelfs.origins import Count, Sink
 from modelfs.origins.retry import RetryingOrigin
+from modelfs.source import Source
 
 
 class FileOrigin(RetryingOrigin):

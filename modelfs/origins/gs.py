@@ -8,15 +8,17 @@ import datetime as dt
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import aiohttp
 from gcsfs.core import GCSFileSystem
 from gcsfs.retry import HttpError
 from google.auth.exceptions import GoogleAuthError
 
 from modelfs.chunks import ObjectId, ObjectInfo
-from modelfs.config import OriginConfig, Source
+from modelfs.config import OriginConfig
 from modelfs.digests import Digest, from_base64
 from modelfs.errors import (
     BucketNotFoundError,
+    EndpointUnreachableError,
     NoCredentialsError,
     ObjectChangedError,
     ObjectNotFoundError,
@@ -25,6 +27,7 @@ from modelfs.errors import (
 )
 from modelfs.origins import Count
 from modelfs.origins.web import HttpOrigin, StatusError
+from modelfs.source import Source
 
 ANSWER_SECONDS = 30.0
 _MEND = "log in with gcloud, set GOOGLE_APPLICATION_CREDENTIALS, or use --no-sign-request for public buckets"
@@ -128,6 +131,10 @@ class GsOrigin(HttpOrigin):
             return NoCredentialsError(f"no usable Google credentials for bucket '{self._bucket}'", _MEND)
         if isinstance(error, FileNotFoundError):
             return BucketNotFoundError(f"there is nothing at {self._where(key)}", "check the bucket and the prefix")
+        if isinstance(error, aiohttp.ClientConnectorError):
+            return EndpointUnreachableError(f"cannot connect for bucket '{self._bucket}'", "check the network")
+        if isinstance(error, aiohttp.ClientError):
+            return TransientOriginError(f"the connection broke while listing {self._where(key)}")
         if isinstance(error, HttpError):
             return super()._translate(StatusError(int(error.code or 500), "", {}), key)
         if isinstance(error, StatusError) and error.status == 404 and "generation=" in error.url:

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from huggingface_hub import HfApi, RepoFile, constants, hf_hub_url
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
     HfHubHTTPError,
+    HTTPError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -21,17 +22,20 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from modelfs.chunks import ObjectId, ObjectInfo
-from modelfs.config import OriginConfig, Source
+from modelfs.config import OriginConfig
 from modelfs.digests import Digest
 from modelfs.errors import (
     AccessDeniedError,
     BucketNotFoundError,
+    EndpointUnreachableError,
     ObjectChangedError,
     ObjectNotFoundError,
     OriginError,
+    TransientOriginError,
 )
 from modelfs.origins import Count
 from modelfs.origins.web import HttpOrigin, StatusError
+from modelfs.source import Source
 
 _MEND = "set HF_TOKEN, and accept the repository's conditions on its page if it is gated"
 
@@ -116,6 +120,12 @@ class HubOrigin(HttpOrigin):
             return ObjectNotFoundError(f"{repository} has no revision '{self._revision}'", "check what follows the @")
         if isinstance(error, HfHubHTTPError) and error.response is not None:
             return super()._translate(StatusError(error.response.status_code, "", {}), key)
+        if isinstance(error, HTTPError):  # of httpx: no answer, or a broken one
+            if "Connect" in type(error).__name__:
+                return EndpointUnreachableError(
+                    f"cannot connect to {self._endpoint}", "check the network and HF_ENDPOINT"
+                )
+            return TransientOriginError(f"the connection to {self._endpoint} broke")
         if isinstance(error, OfflineModeIsEnabled):
             return OriginError("HF_HUB_OFFLINE forbids asking the Hub", "unset it for modelfs")
         return super()._translate(error, key)

@@ -5,9 +5,10 @@ The module of a kind is imported with its first use: each is an optional extra, 
 
 import importlib
 
-from modelfs.config import OriginConfig, parse_source
+from modelfs.config import OriginConfig
 from modelfs.errors import ConfigError
 from modelfs.origins import Count, Origin
+from modelfs.source import parse_source
 
 _KINDS = {
     "s3": ("s3", "S3Origin", ""),

@@ -21,7 +21,7 @@ from botocore import UNSIGNED
 from botocore.config import Config as SdkConfig
 
 from modelfs.chunks import ByteRange, ObjectId, ObjectInfo
-from modelfs.config import OriginConfig, Source
+from modelfs.config import OriginConfig
 from modelfs.digests import ALGORITHMS, ETAG, Digest, from_base64
 from modelfs.errors import (
     AccessDeniedError,
@@ -39,6 +39,7 @@ from modelfs.errors import (
 from modelfs.origins import Count, Sink
 from modelfs.origins.body import BROKEN, CONNECT_SECONDS, INACTIVITY_SECONDS, MAX_CONNECTIONS, check_range
 from modelfs.origins.retry import RetryingOrigin
+from modelfs.source import Source
 
 log = logging.getLogger(__name__)
 

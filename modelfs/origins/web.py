@@ -20,7 +20,7 @@ import urllib3
 import urllib3.exceptions as failures
 
 from modelfs.chunks import ByteRange, ObjectId, ObjectInfo
-from modelfs.config import OriginConfig, Source
+from modelfs.config import OriginConfig
 from modelfs.digests import Digest
 from modelfs.errors import (
     AccessDeniedError,
@@ -34,6 +34,7 @@ from modelfs.errors import (
 from modelfs.origins import Count, Sink
 from modelfs.origins.body import BROKEN, CONNECT_SECONDS, INACTIVITY_SECONDS, MAX_CONNECTIONS, check_range
 from modelfs.origins.retry import RetryingOrigin
+from modelfs.source import Source
 
 REDIRECTS = 5
 REMEMBER_SECONDS = 300.0

@@ -147,8 +147,11 @@ class Index:
             value = txn.get(_listing_key(source), db=self._listings)
         if value is None:
             return None
-        origin, rows = json.loads(zlib.decompress(bytes(value)))
-        return [ObjectInfo(ObjectId(origin, key, version), *more) for key, version, *more in rows]
+        origins, rows = json.loads(zlib.decompress(bytes(value)))
+        try:
+            return [ObjectInfo(ObjectId(origins[at], key, version), *more) for at, key, version, *more in rows]
+        except (TypeError, ValueError):
+            return None  # an earlier modelfs wrote it otherwise
 
     def trace(self, name: str) -> bytes | None:
         """Return the text of a trace, or ``None``."""
@@ -228,9 +231,12 @@ class Index:
 
     def save_listing(self, source: str, objects: list[ObjectInfo]) -> None:
         """Keep a listing for the next worker."""
-        rows = [(info.id.key, info.id.version, info.size, info.mtime_ns, info.locator) for info in objects]
-        origin = objects[0].id.origin if objects else ""
-        value = zlib.compress(json.dumps([origin, rows]).encode(), 1)
+        origins = sorted({info.id.origin for info in objects})
+        rows = [
+            (origins.index(info.id.origin), info.id.key, info.id.version, info.size, info.mtime_ns, info.locator)
+            for info in objects
+        ]
+        value = zlib.compress(json.dumps([origins, rows]).encode(), 1)
         with self._env.begin(write=True) as txn:
             txn.put(_listing_key(source), value, db=self._listings)
 

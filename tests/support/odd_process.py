@@ -4,10 +4,10 @@ import sys
 from collections.abc import Iterator
 
 from modelfs.chunks import ByteRange, ObjectInfo
-from modelfs.config import parse_source
 from modelfs.origins import Sink
 from modelfs.origins.process import main
 from modelfs.origins.s3 import S3Origin
+from modelfs.source import parse_source
 
 
 class OddOrigin(S3Origin):

@@ -123,7 +123,7 @@ class System:
             await trio.sleep_forever()
 
     def refresh(self) -> None:
-        self.view.tree = Tree([Listing("", "", tuple(self.origin.list("")))], TreeConfig())
+        self.view.tree = Tree([Listing("", ((self.origin.name, ""),), tuple(self.origin.list("")))], TreeConfig())
 
     async def read(self, inode: int, offset: int, length: int) -> Answer:
         """Read as the kernel does."""

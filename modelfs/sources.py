@@ -1,0 +1,227 @@
+"""The sources of a mount: their origins, their listings, the tree that these make.
+
+A source with a second place shows the files of both; what the first does not give is read from the second where they
+are known to be equal; see ``origins.fallback``. Listings are kept in the store for a restarted worker. Owned by the
+trio loop.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import lmdb
+import trio
+
+from modelfs.chunks import ObjectInfo
+from modelfs.config import Config
+from modelfs.digests import Digest, is_sums_name, parse_sums
+from modelfs.errors import ObjectNotFoundError, OriginError
+from modelfs.metrics import Metrics
+from modelfs.origins import Origin
+from modelfs.origins.fallback import FallbackOrigin, Twins
+from modelfs.source import Source, parse_source
+from modelfs.store import Store
+from modelfs.tree import Listing, Tree
+
+if TYPE_CHECKING:
+    from modelfs.origins.remote import Processes
+
+log = logging.getLogger(__name__)
+
+LISTINGS = 4
+"""Listings at once: downloads keep their connections."""
+SUMS_LIMIT_BYTES = 4 * 1024 * 1024
+_EXAMPLES = 3
+
+
+class Sources:
+    """What a configuration names.
+
+    Args:
+        config: Sources, filters, and how object stores are reached.
+        metrics: Counters.
+        processes: Do what concerns the object stores, or ``None`` for threads of ours.
+
+    Raises:
+        ConfigError: A place cannot be used as configured.
+    """
+
+    def __init__(self, config: Config, metrics: Metrics, processes: "Processes | None") -> None:
+        self._config = config
+        self._metrics = metrics
+        self._processes = processes
+        self._origins: dict[str, Origin] = {}
+        self._fallbacks: dict[str, FallbackOrigin] = {}
+        self._sums: dict[int, dict[str, str]] = {}
+        for place in sorted({source.place for source in config.sources}):
+            self.origin(place)
+        count = lambda result: metrics.fallback_runs.labels(result=result).inc()  # noqa: E731
+        for source in config.sources:
+            if source.origin:
+                first = self.origin(source.place)
+                self._fallbacks.setdefault(source.place, FallbackOrigin(first, count))
+                self.origin(parse_source(source.origin).place)
+
+    @property
+    def by_name(self) -> Mapping[str, Origin]:
+        """The origins by their names, those with a second place in front of others."""
+        plain = {origin.name: origin for origin in self._origins.values()}
+        return plain | {origin.name: origin for origin in self._fallbacks.values()}
+
+    def origin(self, place: str) -> Origin:
+        """Return the origin of a place, made the first time.
+
+        Raises:
+            ConfigError: It cannot be used as configured.
+        """
+        if place not in self._origins:
+            self._origins[place] = self._make_origin(place)
+        return self._origins[place]
+
+    def _make_origin(self, place: str) -> Origin:
+        config, count = self._config.origin, self._metrics.origin_counter(parse_source(place).scheme)
+        if self._processes is None:
+            from modelfs.origins.places import make_origin  # noqa: PLC0415 - not needed with processes
+
+            return make_origin(place, config, count)
+        from modelfs.origins.remote import RemoteOrigin  # noqa: PLC0415 - needed with processes alone
+
+        return RemoteOrigin(place=place, config=config, count=count, processes=self._processes)
+
+    # -- listings -----------------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """Return under which names the listings are saved."""
+        return [self._saved_name(source) for source in self._config.sources]
+
+    def _saved_name(self, source: Source) -> str:
+        pinned = "?versions" if self._config.origin.pin_versions else ""
+        return f"{self._origins[source.place].name}/{source.prefix}{pinned}"
+
+    def saved(self, store: Store) -> list[Listing]:
+        """Return the last good listing of every source, or nothing."""
+        saved = [(source, store.listing(self._saved_name(source))) for source in self._config.sources]
+        if any(objects is None for _, objects in saved):
+            return []
+        return [self._listing(source, objects or []) for source, objects in saved]
+
+    def _listing(self, source: Source, objects: list[ObjectInfo]) -> Listing:
+        prefixes = [(self._origins[source.place].name, source.prefix)]
+        if source.origin:
+            second = parse_source(source.origin)
+            prefixes.append((self.origin(second.place).name, second.prefix))
+        return Listing(source.name, tuple(prefixes), tuple(objects), source.include, source.exclude)
+
+    async def refresh(self, store: Store | None = None) -> list[Listing]:
+        """List every source anew, and keep the listings in ``store``.
+
+        Raises:
+            OriginError: A listing failed, or nothing is there.
+        """
+        listings: list[Listing | None] = [None] * len(self._config.sources)
+        failures: list[OriginError] = []
+        limiter = trio.CapacityLimiter(LISTINGS)
+
+        async def list_one(position: int, source: Source) -> None:
+            try:
+                listings[position] = await self._list_one(source, store, limiter)
+            except OriginError as error:
+                failures.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for position, source in enumerate(self._config.sources):
+                nursery.start_soon(list_one, position, source)
+        if failures:
+            self._metrics.tree_refreshes.labels(result="failed").inc()
+            raise failures[0]
+        self._metrics.tree_refreshes.labels(result="ok").inc()
+        return [listing for listing in listings if listing is not None]
+
+    async def _list_one(self, source: Source, store: Store | None, limiter: trio.CapacityLimiter) -> Listing:
+        objects = await trio.to_thread.run_sync(self._list_sync, source, limiter=limiter)
+        if not objects:
+            raise ObjectNotFoundError(f"there is no object under {source.uri}", "check the prefix")
+        if store is not None:
+            try:
+                await store.save_listing(self._saved_name(source), objects)
+            except (OSError, lmdb.Error) as error:
+                log.warning("the listing cannot be kept for a restart: %s", error)
+        return self._listing(source, objects)
+
+    def _list_sync(self, source: Source) -> list[ObjectInfo]:
+        """Return the objects of both places of a source; of those in both, the first's."""
+        origin = self._origins[source.place]
+        if not source.origin:
+            return list(origin.list(source.prefix))
+        second = parse_source(source.origin)
+        behind = self.origin(second.place)
+        ours, failure = self._objects(origin, source.prefix)
+        theirs, other_failure = self._objects(behind, second.prefix)
+        if failure is not None and not theirs:
+            raise failure
+        if failure is not None or other_failure is not None:
+            log.warning("%s has one place only now: %s", source.uri, failure or other_failure)
+        known = {info.id.key.removeprefix(source.prefix): info for info in ours}
+        published = self._published(origin, ours)
+        equal: dict[int, ObjectInfo] = {}
+        for other in theirs:
+            relative = other.id.key.removeprefix(second.prefix)
+            info, digest = known.get(relative), published.get(source.prefix + relative)
+            same = self._same(digest, behind, other)
+            if same is False:
+                log.error("%s of %s does not match %s: not used", relative, source.origin, digest and digest.source)
+                self._metrics.fallback_runs.labels(result="refused").inc()
+            elif info is None:
+                ours.append(other)
+            elif same and info.size == other.size:
+                equal[info.number] = other
+        self._fallbacks[source.place].pair(source.uri, Twins(behind, equal))
+        return ours
+
+    def _objects(self, origin: Origin, prefix: str) -> tuple[list[ObjectInfo], OriginError | None]:
+        """Return what lies in one of two places, or why that is not known now.
+
+        Raises:
+            OriginError: Something is wrong that does not pass.
+        """
+        try:
+            return list(origin.list(prefix)), None
+        except OriginError as error:
+            if not (error.retryable or isinstance(error, ObjectNotFoundError)):
+                raise
+            return [], error
+
+    def _same(self, digest: Digest | None, origin: Origin, info: ObjectInfo) -> bool | None:
+        """Return whether an object has this digest; ``None`` where that is not known."""
+        theirs = origin.digest(info) if digest is not None else None
+        if digest is None or theirs is None or theirs.algorithm != digest.algorithm:
+            return None
+        return theirs.value == digest.value
+
+    def _published(self, origin: Origin, objects: list[ObjectInfo]) -> dict[str, Digest]:
+        """Return the digests in the lists of sums among ``objects``, by key; a list is read once per version."""
+        found: dict[str, Digest] = {}
+        for info in objects:
+            directory, slash, name = info.id.key.rpartition("/")
+            if is_sums_name(name) and info.size <= SUMS_LIMIT_BYTES:
+                if info.number not in self._sums:
+                    text = (origin.get_small(info.id.key, SUMS_LIMIT_BYTES) or b"").decode("utf-8", "replace")
+                    self._sums[info.number] = parse_sums(text)
+                for relative, value in self._sums[info.number].items():
+                    found[f"{directory}{slash}{relative}"] = Digest("sha256", value, info.id.key)
+        return found
+
+    # -- the tree -----------------------------------------------------------------------------------
+
+    def tree(self, listings: list[Listing]) -> Tree:
+        """Return what the listings make, and say what cannot be shown."""
+        tree = Tree(listings, self._config.tree)
+        self._metrics.tree_files.set(tree.file_count)
+        for reason, count in tree.skipped.items():
+            self._metrics.tree_skipped.labels(reason=reason).set(count)
+        odd = {reason: key for reason, key in tree.skipped_examples.items() if reason != "filtered"}
+        if odd:
+            shown = "; ".join(f"{reason}: {key[:80]!r}" for reason, key in list(odd.items())[:_EXAMPLES])
+            total = sum(count for reason, count in tree.skipped.items() if reason in odd)
+            log.warning("%d keys cannot be shown as files (%s)", total, shown)
+        return tree

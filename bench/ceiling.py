@@ -100,7 +100,7 @@ async def rate(home: Path, origin: Origin, memory: Memory, *, connections: int, 
     store = SleepingStore(config=config, metrics=metrics, holder="bench", budget=budget)
     fetch = Fetch(
         store=store, origins={NAME: origin}, metrics=metrics, budget_bytes=budget, memory=memory, whole_files=True,
-        on_changed=lambda info: None, max_runs=connections, read_timeout=60,
+        on_failed=lambda info, error: None, max_runs=connections, read_timeout=60,
     )  # fmt: skip
     infos = [ObjectInfo(ObjectId(NAME, f"shard-{number}", VERSION), OBJECT_BYTES, 0) for number in range(OBJECTS)]
     async with trio.open_nursery() as nursery:

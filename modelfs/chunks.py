@@ -97,3 +97,13 @@ def split(span: ByteRange) -> list[tuple[int, ByteRange]]:
         (index, ByteRange(max(span.start, index * CHUNK_BYTES), min(span.stop, (index + 1) * CHUNK_BYTES)))
         for index in chunks_of(span)
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How far some work has come: ``done`` of ``total`` bytes; it moves while ``mark`` changes."""
+
+    done: int
+    total: int
+    finished: bool
+    mark: object

@@ -25,7 +25,7 @@ import trio
 from modelfs.chunks import ObjectInfo
 from modelfs.config import Config
 from modelfs.digests import Digest
-from modelfs.errors import CacheError, ModelfsError, OriginError
+from modelfs.errors import CacheError, ModelfsError, ObjectChangedError, ObjectNotFoundError, OriginError
 from modelfs.eviction import Eviction
 from modelfs.fetch import Fetch, default_budget
 from modelfs.filesystem import DataPath, Namespace, View
@@ -35,7 +35,7 @@ from modelfs.fuse.opens import OpenTable
 from modelfs.fuse.supervisor import BEAT_SECONDS
 from modelfs.fuse.tuning import Tuning, control_socket
 from modelfs.loads import Load, Loads
-from modelfs.memory import Memory
+from modelfs.memory import Memory, available_memory
 from modelfs.metrics import Metrics
 from modelfs.pages import Pages
 from modelfs.prefetch import Prefetch, model_files
@@ -58,16 +58,6 @@ MAX_TASKS = 1024
 QUIET_SECONDS = 30.0
 """After so long without an open or a read, hashing files is in nobody's way."""
 _REFRESH_PAUSE_SECONDS = 1.0
-
-
-def available_memory() -> int:
-    """Return the memory this process may still take, in bytes: the cgroup's limit or what the machine has."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            found.append(int(Path(name).read_text()))
-    return min(found)
 
 
 def _memory_directory() -> str | None:
@@ -115,7 +105,7 @@ class Worker:
                 budget_bytes=budget,
                 memory=self._processes.memory if self._processes is not None else Memory(),
                 whole_files=prefetching,
-                on_changed=lambda info: self._refresh_wanted.set(),
+                on_failed=self._download_failed,
                 max_runs=self._runs,
                 read_timeout=config.fetch.read_timeout,
             )
@@ -126,6 +116,10 @@ class Worker:
                 mode=config.fetch.prefetch, store=store, fetch=self._fetch, pages=self._pages, traces=self._traces
             )
             await self._serve()
+
+    def _download_failed(self, info: ObjectInfo, error: OriginError) -> None:
+        if isinstance(error, ObjectChangedError | ObjectNotFoundError):
+            self._refresh_wanted.set()
 
     @contextlib.contextmanager
     def _open_store(self, holder: str, budget: int) -> Iterator[Store]:

@@ -1,4 +1,4 @@
-"""Memory for chunk buffers: ours alone, or shared with the processes that fill it.
+"""How much memory there is, and that for chunk buffers: ours alone, or shared with the processes that fill it.
 
 Pages come into being when they are first touched, so reserving costs nothing. Knows no chunk and no owner.
 """
@@ -7,6 +7,17 @@ import contextlib
 import ctypes
 import mmap
 import os
+from pathlib import Path
+
+
+def available_memory() -> int:
+    """Return the memory this process may still take, in bytes: the cgroup's limit or what the machine has."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int(Path(name).read_text()))
+    return min(found)
 
 
 class Memory:

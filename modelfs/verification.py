@@ -143,11 +143,12 @@ class Verification:
         """Return whether the kernel must not read a file without us yet."""
         return self._mode == "strict" and stored.verdict is None
 
-    def check(self, path: str) -> None:
-        """Hash every complete file under ``path`` anew, soon."""
+    def check(self, path: str, *, anew: bool = True) -> None:
+        """Hash every complete file under ``path`` soon; with ``anew`` also what has been judged already."""
         for file in self._tree().under(path):
             stored = self._store.object(file.info)
-            if stored.complete:
+            judged = stored.sound and stored.verdict is not None and stored.verdict.state != BAD
+            if stored.complete and (anew or not judged):
                 self._refetched.discard(file.info.number)
                 self._damaged.discard(file.info.number)
                 self._want(stored, asked=True, anew=True)

@@ -20,6 +20,8 @@ COMMANDS = {
     "status": "show what is mounted and how much of it is local",
     "wait": "wait until a path is mounted, has its heads, or is complete",
     "warm": "download paths now",
+    "get": "bring files into a plain directory, without a mount",
+    "ls": "show what a source holds, without a mount",
     "verify": "compare local files with the digests of their publisher",
     "why": "say where the time of the last load went, and what to change",
     "doctor": "check this machine and say what to do",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from modelfs import config as configuration
+from modelfs.cli import options
 from modelfs.errors import CacheError, ConfigError, ModelfsError
 from modelfs.fuse.supervisor import (
     MountRequest,
@@ -49,40 +50,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words", nargs="*", metavar="[NAME=]SOURCE... MOUNTPOINT", help="s3://BUCKET/PREFIX/ and an empty directory"
     )
-    parser.add_argument("--config", metavar="FILE", help="TOML file with the same options")
-    for option in configuration.options():
-        if option.is_switch:
-            parser.add_argument(option.flag, dest=option.name, action="store_const", const="true", help=option.help)
-        else:
-            parser.add_argument(
-                option.flag, dest=option.name, metavar=option.metavar, help=option.help.replace("%", "%%")
-            )
-    parser.add_argument(
-        "--path-style", dest="addressing", action="store_const", const="path", help="short for --addressing path"
-    )
-    parser.add_argument(
-        "--virtual-host",
-        dest="addressing",
-        action="store_const",
-        const="virtual",
-        help="short for --addressing virtual",
-    )
+    options.add_options(parser)
 
 
 def merge(arguments: argparse.Namespace) -> configuration.Config:
-    """Return the configuration that command line, environment and file give.
+    """Return the configuration of a mount.
 
     Raises:
         ConfigError: See ``configuration.build``.
     """
     words = list(arguments.words)
     mountpoint = words.pop() if words and "://" not in words[-1] else None
-    flags = {
-        option.name: getattr(arguments, option.name)
-        for option in configuration.options()
-        if getattr(arguments, option.name) is not None
-    }
-    return configuration.build(words, mountpoint, flags, os.environ, arguments.config)
+    return options.merge(arguments, words, mountpoint)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -3,9 +3,9 @@
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TextIO
 
+from modelfs.chunks import Step
 from modelfs.errors import NotReadyError
 
 _WIDTH = 30
@@ -61,16 +61,6 @@ class Progress:
             self._shown = now
             self._out.write(f"{self._label}: {text}\n")
             self._out.flush()
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """How far work in the daemon has come: ``done`` of ``total`` bytes; it moves while ``mark`` changes."""
-
-    done: int
-    total: int
-    finished: bool
-    mark: object
 
 
 def follow(label: str, look: Callable[[], Step], mend: str) -> None:

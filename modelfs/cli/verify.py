@@ -4,8 +4,9 @@ import argparse
 import json
 from typing import Any
 
+from modelfs.chunks import Step
 from modelfs.cli.client import ask, locate
-from modelfs.cli.progress import Step, follow
+from modelfs.cli.progress import follow
 from modelfs.digests import BAD, UNKNOWN, VERIFIED
 from modelfs.errors import ConfigError, IntegrityError, NotReadyError, ObjectNotFoundError
 from modelfs.fuse.tuning import Mount, mounts

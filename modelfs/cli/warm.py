@@ -3,8 +3,9 @@
 import argparse
 from urllib.parse import quote
 
+from modelfs.chunks import Step
 from modelfs.cli.client import ask, locate
-from modelfs.cli.progress import Step, follow
+from modelfs.cli.progress import follow
 from modelfs.errors import ObjectNotFoundError
 from modelfs.fuse.tuning import Mount
 

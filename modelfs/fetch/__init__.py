@@ -69,7 +69,7 @@ class Fetch:
         budget_bytes: Memory for buffers.
         memory: Where they lie.
         whole_files: Whether a read makes the rest of its file wanted (prefetch is on).
-        on_changed: Called with an object that turned out to have another version, or to be gone.
+        on_failed: Called with an object and why a download of it failed, whether it will be tried again or not.
         max_runs: Downloads at once.
         read_timeout: Longest wait of a reader without progress, in seconds.
     """
@@ -83,7 +83,7 @@ class Fetch:
         budget_bytes: int,
         memory: Memory,
         whole_files: bool,
-        on_changed: Callable[[ObjectInfo], None],
+        on_failed: Callable[[ObjectInfo, OriginError], None],
         max_runs: int,
         read_timeout: float,
     ) -> None:
@@ -93,7 +93,7 @@ class Fetch:
         self._origins = origins
         self._metrics = metrics
         self._pool = Pool(budget_bytes, memory, metrics)
-        self._on_changed = on_changed
+        self._on_failed = on_failed
         self._active: dict[tuple[int, int], Active] = {}
         self._owner: dict[tuple[int, int], Run] = {}
         self._demand: list[tuple[int, int, StoredObject]] = []
@@ -451,8 +451,8 @@ class Fetch:
 
     def _run_failed(self, run: Run, sink: "RunSink", error: OriginError) -> None:
         run.failed = True
+        self._on_failed(run.stored.info, error)
         if isinstance(error, ObjectChangedError | ObjectNotFoundError):
-            self._on_changed(run.stored.info)
             self._planner.drop(run)
         current = sink.current
         if current is not None and (current.lost or (run.hedges is not None and not current.waiters)):

@@ -263,9 +263,13 @@ class Store:
 
     def _data_file_status(self, info: ObjectInfo) -> os.stat_result | None:
         try:
-            return files.data_path(self.data_directory, info.number).stat()
+            return self.data_path(info).stat()
         except OSError:
             return None
+
+    def data_path(self, info: ObjectInfo) -> Path:
+        """Return the data file of an object, there or not."""
+        return files.data_path(self.data_directory, info.number)
 
     def known_object(self, number: int) -> ObjectInfo | None:
         """Return the identity behind a number that is no longer in any listing, if the index has it."""
@@ -304,9 +308,7 @@ class Store:
             OSError: The file cannot be opened.
         """
         if stored.descriptor < 0:
-            stored.descriptor = files.open_data(
-                files.data_path(self.data_directory, stored.info.number), stored.info.size
-            )
+            stored.descriptor = files.open_data(self.data_path(stored.info), stored.info.size)
         return stored.descriptor
 
     def touch(self, stored: StoredObject, indices: range) -> None:
@@ -403,7 +405,7 @@ class Store:
         Raises:
             OSError: The disk is full or broken.
         """
-        path = files.data_path(self.data_directory, stored.info.number)
+        path = self.data_path(stored.info)
         files.write_chunk(path, stored.info.size, data, stored.info.chunk_range(index).start)
 
     def added(self, stored: StoredObject, index: int, sums: bytes) -> None:
@@ -591,7 +593,7 @@ class Store:
         But for a disk so full that the index cannot be written: there room is made first. The file's changed time and
         the checksums then tell of what is gone.
         """
-        path = files.data_path(self.data_directory, stored.info.number)
+        path = self.data_path(stored.info)
         spans = [stored.info.chunk_range(index) for index in victims] if punch else []
         try:
             self._index.forget(stored.info.number, victims)
@@ -637,7 +639,7 @@ class Store:
         if not stored.sound:
             return None
         try:
-            return os.open(files.data_path(self.data_directory, stored.info.number), os.O_RDONLY | os.O_CLOEXEC)
+            return os.open(self.data_path(stored.info), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             log.warning("data file of %s cannot be opened: %s", stored.info.id.key, error.strerror)
             return None

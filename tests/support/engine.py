@@ -20,7 +20,7 @@ class Engine:
     def __init__(self, path, nursery, *, limit=1 << 30, whole_files=False, max_runs=16, read_timeout=60.0):
         self.metrics = Metrics()
         self.origin = FakeOrigin()
-        self.changed = []
+        self.failed = []
         config = StoreConfig(str(path), Size(bytes=limit), Size(bytes=0))
         self.store = Store(config=config, metrics=self.metrics, holder="test", budget=BUDGET)
         self.fetch = Fetch(
@@ -30,7 +30,7 @@ class Engine:
             budget_bytes=BUDGET,
             memory=Memory(),
             whole_files=whole_files,
-            on_changed=self.changed.append,
+            on_failed=lambda info, error: self.failed.append((info, error)),
             max_runs=max_runs,
             read_timeout=read_timeout,
         )

@@ -96,7 +96,8 @@ class System:
         self.view = View(self.store, Tree([], TreeConfig()))
         self.fetch = Fetch(
             store=self.store, origins={origin.name: origin}, metrics=self.metrics, budget_bytes=budget,
-            memory=Memory(), whole_files=False, on_changed=lambda info: None, max_runs=4, read_timeout=READ_TIMEOUT,
+            memory=Memory(), whole_files=False, on_failed=lambda info, error: None, max_runs=4,
+            read_timeout=READ_TIMEOUT,
         )  # fmt: skip
         self.eviction = Eviction(store=self.store, on_room=self.fetch.poke)
         pages = Pages(store=self.store, metrics=self.metrics, available=lambda: 0)

@@ -1,0 +1,309 @@
+"""Files without a mount: the sources, the engine and the store of one, and a plain directory at the end.
+
+``get`` keeps its store in ``.modelfs`` inside the directory; the files beside it are hard links to the store's, so that
+nothing lies on the disk twice and another ``get`` knows what is there. Only what is complete, and not known to be bad,
+gets its name; what a source has no longer loses it. Owned by a trio loop.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from modelfs.chunks import MIB, ByteRange, ObjectInfo, Step
+from modelfs.config import Config, Size, StoreConfig
+from modelfs.digests import BAD, VERIFIED, Digest
+from modelfs.errors import CacheError, IntegrityError, ModelfsError, OriginError, ReadTimeoutError
+from modelfs.fetch import Fetch, PlanItem, default_budget
+from modelfs.memory import Memory, available_memory
+from modelfs.metrics import Metrics
+from modelfs.prefetch import RANK_SMALL, RANK_WEIGHTS, SMALL_BYTES
+from modelfs.sources import Sources
+from modelfs.store import Store
+from modelfs.tree import File, Tree
+from modelfs.verification import Verification
+
+if TYPE_CHECKING:
+    from modelfs.origins.remote import Processes
+
+log = logging.getLogger(__name__)
+
+STORE_NAME = ".modelfs"
+"""The store inside a directory that ``get`` filled."""
+PLACED_NAME = "placed.json"
+"""In the store: which names in the directory are whose."""
+_POLL_SECONDS = 0.1
+
+
+Show = Callable[[str, Step], None]
+"""Takes what is going on, and how far it has come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a ``get`` did: ``fetched_bytes`` is what came over the network."""
+
+    files: int
+    size_bytes: int
+    fetched_bytes: int
+    removed_files: int
+
+
+def store_of(directory: str) -> StoreConfig:
+    """Return the store inside ``directory``: as large as it has to be."""
+    return StoreConfig(str(Path(directory).absolute() / STORE_NAME), Size(share=1.0), Size())
+
+
+class Local:
+    """The files of some sources, as far as they are in a store.
+
+    Args:
+        config: Sources, store, limits.
+        runs: Most downloads at once.
+        processes: Do what concerns the object stores, or ``None`` for threads of ours.
+
+    Raises:
+        ModelfsError: A place or the store cannot be used as configured.
+    """
+
+    def __init__(self, config: Config, runs: int, processes: "Processes | None") -> None:
+        self._config = config
+        self.metrics = Metrics()
+        self._sources = Sources(config, self.metrics, processes)
+        budget = config.fetch.max_memory.of(available_memory()) or default_budget(available_memory(), runs)
+        self.store = Store(
+            config=config.store, metrics=self.metrics, holder=f"modelfs, pid {os.getpid()}", budget=budget
+        )
+        self._failure: OriginError | None = None
+        self._failed_at = 0.0
+        self.fetch = Fetch(
+            store=self.store,
+            origins=self._sources.by_name,
+            metrics=self.metrics,
+            budget_bytes=budget,
+            memory=processes.memory if processes is not None else Memory(),
+            whole_files=False,
+            on_failed=self._note_failure,
+            max_runs=runs,
+            read_timeout=config.fetch.read_timeout,
+        )
+        self.tree = Tree([], config.tree)
+        self._verification = Verification(
+            mode="off",  # nothing by itself
+            store=self.store,
+            fetch=self.fetch,
+            ask_store=self._ask_store,
+            tree=lambda: self.tree,
+            quiet=lambda: True,
+            restarted=False,
+            metrics=self.metrics,
+        )
+
+    def _note_failure(self, info: ObjectInfo, error: OriginError) -> None:
+        self._failure = error
+
+    async def _ask_store(self, info: ObjectInfo) -> Digest | None:
+        origin = self._sources.by_name.get(info.id.origin)
+        return await trio.to_thread.run_sync(origin.digest, info) if origin else None
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator["Local"]:
+        """List the sources, and run engine and store while in the block.
+
+        Raises:
+            OriginError: A listing failed.
+        """
+        with contextlib.closing(self.store):
+            self.tree = self._sources.tree(await self._sources.refresh())
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.store.run)
+                await nursery.start(self.fetch.run)
+                await nursery.start(self._verification.run)
+                yield self
+                nursery.cancel_scope.cancel()
+
+    # -- downloading --------------------------------------------------------------------------------
+
+    def files(self) -> list[File]:
+        """Return what is to be fetched."""
+        # A hostile key must not become a part of the store.
+        return [file for file in self.tree.root.walk() if file.path.partition("/")[0] != STORE_NAME]
+
+    async def download(self, show: Show) -> None:
+        """Bring every file into the store.
+
+        Raises:
+            CacheError: There is no room.
+            ModelfsError: A file cannot be had, or nothing came for as long as a read would wait.
+        """
+        stored = [self.store.object(file.info) for file in self.files()]
+        self._check_room(sum(one.info.size - one.resident_bytes for one in stored))
+        total = sum(one.info.size for one in stored)
+        for one in stored:
+            if not one.complete:
+                rank = RANK_SMALL if one.info.size <= SMALL_BYTES else RANK_WEIGHTS
+                self.fetch.submit([PlanItem(one.info, ByteRange(0, one.info.size))], rank)
+
+        def look() -> Step:
+            done = sum(one.resident_bytes for one in stored)
+            return Step(done, total, done == total, (done, self.fetch.received_bytes))
+
+        await self._follow("get", show, look)
+        await self.store.commit()
+
+    async def _follow(self, what: str, show: Show, look: Callable[[], Step]) -> None:
+        """Show the work that ``look`` reports until it is finished."""
+        seen: object = None
+        since = time.monotonic()
+        while True:
+            step = look()
+            show(what, step)
+            if step.finished:
+                return
+            if step.mark != seen:
+                seen, since = step.mark, time.monotonic()
+            self._check_progress(since)
+            await trio.sleep(_POLL_SECONDS)
+
+    def _check_progress(self, since: float) -> None:
+        """Raise if a failure will not pass, or nothing has come for too long."""
+        if self._failure is not None and not self._failure.retryable:
+            raise self._failure
+        if time.monotonic() - since > self._config.fetch.read_timeout:
+            if self.store.disk_error:
+                raise CacheError(f"{self.store.directory} cannot be written ({self.store.disk_error})", "mend the disk")
+            if self._failure is not None:
+                raise self._failure
+            raise ReadTimeoutError(
+                f"nothing came for {self._config.fetch.read_timeout:.0f} s",
+                "check the network, or raise --read-timeout",
+            )
+
+    def _check_room(self, missing: int) -> None:
+        room = os.statvfs(self.store.directory)
+        free = room.f_bavail * room.f_frsize
+        if missing > free:
+            raise CacheError(
+                f"{missing // MIB} MiB are missing, the disk of {self.store.directory} has room for {free // MIB} MiB",
+                "free space, or leave files out with --include and --exclude",
+            )
+
+    async def verify(self, show: Show) -> None:
+        """Compare every file that has not been compared yet, or has been written since, with its digest.
+
+        Raises:
+            IntegrityError: A file differs, also after it was fetched once more.
+            ModelfsError: A file cannot be fetched once more.
+        """
+        self._verification.check("", anew=False)
+        report: dict[str, Any] = {}
+
+        def look() -> Step:
+            nonlocal report
+            report = self._verification.report("")
+            waiting = report["counts"]["pending"] + report["awaited"]
+            mark = (report["hashed"], report["resident"], waiting, self.fetch.received_bytes)
+            return Step(report["hashed"], report["size"], not waiting, mark)
+
+        await self._follow("verify", show, look)
+        if report["counts"][BAD]:
+            names = [file["path"] for file in report["details"] if file["state"] == BAD]
+            raise IntegrityError(
+                f"{len(names)} files do not match their digest: {', '.join(names[:5])}", "upload them again"
+            )
+        log.info("%d files verified, of %d", report["counts"][VERIFIED], sum(report["counts"].values()))
+
+    # -- the directory ------------------------------------------------------------------------------
+
+    async def place(self, directory: Path) -> int:
+        """Give every file its name in ``directory``; return how many names were taken away.
+
+        Raises:
+            CacheError: The directory cannot be written.
+        """
+        files = {file.path: file.info for file in self.files()}
+        try:
+            names, gone = await trio.to_thread.run_sync(self._place_sync, directory, files)
+        except OSError as error:
+            raise CacheError(
+                f"{error.filename or directory} cannot be written ({error.strerror})", "choose another directory"
+            ) from error
+        for number in gone:
+            stored = self.store.evictable(number)
+            if stored is not None:
+                await self.store.evict(stored, list(stored.chunks), "replaced", force=True)
+        return names
+
+    def _place_sync(self, directory: Path, files: dict[str, ObjectInfo]) -> tuple[int, list[int]]:
+        """Link; return how many names were taken away, and the numbers of objects that have none any more."""
+        record = self.store.directory / PLACED_NAME
+        before: dict[str, int] = json.loads(record.read_text()) if record.exists() else {}
+        mask = os.umask(0)
+        os.umask(mask)
+        for path, info in files.items():
+            _link(self.store.data_path(info), directory / path, info.size, 0o666 & ~mask)
+        lost = before.keys() - files.keys()
+        for path in lost:
+            _unlink_ours(directory / path, self.store.data_directory / f"{before[path]:016x}")
+        now = {path: info.number for path, info in files.items()}
+        temporary = record.with_suffix(".new")
+        temporary.write_text(json.dumps(now))
+        temporary.rename(record)
+        return len(lost), sorted(set(before.values()) - set(now.values()))
+
+
+def _link(data: Path, target: Path, size: int, mode: int) -> None:
+    """Make ``target`` a name of the data file, in one step."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not size:
+        if not target.exists() or target.stat().st_size:
+            temporary = target.with_name(f".{target.name[:200]}.modelfs")
+            temporary.write_bytes(b"")
+            temporary.rename(target)
+        return
+    if target.exists() and target.samefile(data):
+        return
+    data.chmod(mode)
+    temporary = target.with_name(f".{target.name[:200]}.modelfs")
+    temporary.unlink(missing_ok=True)
+    temporary.hardlink_to(data)
+    temporary.rename(target)
+
+
+def _unlink_ours(target: Path, data: Path) -> None:
+    """Remove a name that is still the data file's; what somebody else put there stays."""
+    with contextlib.suppress(FileNotFoundError):
+        if target.samefile(data):
+            target.unlink()
+
+
+async def get(config: Config, directory: str | None, runs: int, processes: "Processes | None", show: Show) -> Result:
+    """Bring the sources' files into the store of ``config``, verified, and give them names in ``directory`` if any.
+
+    Raises:
+        ModelfsError: It could not be done; what is there already stays for another try.
+    """
+    local = Local(config, runs, processes)
+    failure: ModelfsError | None = None
+    removed = 0
+    async with local.running():
+        try:
+            await local.download(show)
+            if config.fetch.verify != "off":
+                await local.verify(show)
+            if directory is not None:
+                removed = await local.place(Path(directory))
+        except ModelfsError as error:
+            failure = error  # not through the nursery, which would wrap it
+    if failure is not None:
+        raise failure
+    return Result(
+        len(local.files()), sum(file.info.size for file in local.files()), int(local.fetch.received_bytes), removed
+    )

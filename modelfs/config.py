@@ -167,6 +167,9 @@ class TreeConfig:
 
     include: tuple[str, ...] = _one((), parse_patterns, "show only keys that match (comma-separated globs)", "GLOBS")
     exclude: tuple[str, ...] = _one((), parse_patterns, "hide keys that match (comma-separated globs)", "GLOBS")
+    layout: str = _one(
+        "plain", _choice("plain", "hf"), "hf: show directories org/name as the Hub's cache would hold them", "plain|hf"
+    )
     uid: int = _one(-1, int, "owner of every file (default: the mounting user)", "UID")
     gid: int = _one(-1, int, "group of every file (default: the mounting user's)", "GID")
     umask: int = _one(0o022, parse_octal, "permission bits taken from 0555", "OCTAL")
@@ -425,7 +428,7 @@ def build(
             f"--endpoint-url '{origin.endpoint_url}' is not an http(s) URL", "write http://HOST:PORT or https://HOST"
         )
     return Config(
-        sources=name_sources(parsed),
+        sources=name_sources(parsed, full=values["tree"].get("layout") == "hf"),
         mountpoint=check_mountpoint_text(mountpoint),
         origin=origin,
         store=store,

@@ -74,7 +74,7 @@ def parse_source(text: str) -> Source:
     Raises:
         ConfigError: The text is not a source.
     """
-    match = re.fullmatch(r"(?:([^=/]+)=)?([a-z0-9+]+)://(.*)", text, re.DOTALL)
+    match = re.fullmatch(r"(?:([^=:]+)=)?([a-z0-9+]+)://(.*)", text, re.DOTALL)
     if not match:
         raise ConfigError(f"'{text}' is not a source", "write s3://BUCKET/PREFIX/ or NAME=s3://BUCKET/PREFIX/")
     name, scheme, rest = match[1] or "", match[2], match[3]
@@ -87,27 +87,28 @@ def parse_source(text: str) -> Source:
         form = _FORMS.get(scheme, f"{scheme}://BUCKET/PREFIX/")
         raise ConfigError(f"'{text}' has no valid {'repository' if scheme == 'hf' else 'bucket'} name", f"write {form}")
     bucket, prefix = parts[1], parts[3] or ""
-    if name in {".", ".."} or len(name.encode()) > 255 or "\0" in text:
+    unusable = any(part in {"", ".", ".."} or len(part.encode()) > 255 for part in name.split("/")) if name else False
+    if unusable or "\0" in text:
         raise ConfigError(f"'{name}' cannot be the name of a directory", "choose another NAME=")
     if prefix and not prefix.endswith("/"):
         prefix += "/"
     return Source(bucket, prefix, name, scheme, parts[2] or "")
 
 
-def name_sources(sources: list[Source]) -> tuple[Source, ...]:
+def name_sources(sources: list[Source], *, full: bool = False) -> tuple[Source, ...]:
     """Give every source of several a directory name of its own: the one written, else its last path part.
+
+    Args:
+        sources: As they were written.
+        full: Repositories of the Hub are called ``org/name``, also a single one.
 
     Raises:
         ConfigError: Two sources would share a name.
     """
-    if len(sources) == 1:
+    if len(sources) == 1 and not (full and sources[0].scheme == "hf"):
         return tuple(sources)
     named = [
-        source
-        if source.name
-        else dataclasses.replace(
-            source, name=source.prefix.rstrip("/").rpartition("/")[2] or source.bucket.rpartition("/")[2]
-        )
+        source if source.name else dataclasses.replace(source, name=_default_name(source, full=full))
         for source in sources
     ]
     for index, source in enumerate(named):
@@ -118,6 +119,12 @@ def name_sources(sources: list[Source]) -> tuple[Source, ...]:
                     f"name one of them: NAME={source.uri}",
                 )
     return tuple(named)
+
+
+def _default_name(source: Source, *, full: bool) -> str:
+    if source.scheme == "hf" and full:
+        return "/".join(source.bucket.split("/")[-2:])
+    return source.prefix.rstrip("/").rpartition("/")[2] or source.bucket.rpartition("/")[2]
 
 
 _PATTERNS = {"include": "include", "allow_patterns": "include", "exclude": "exclude", "ignore_patterns": "exclude"}

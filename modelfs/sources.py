@@ -16,9 +16,11 @@ from modelfs.chunks import ObjectInfo
 from modelfs.config import Config
 from modelfs.digests import Digest, is_sums_name, parse_sums
 from modelfs.errors import ObjectNotFoundError, OriginError
+from modelfs.layout import INLINE
 from modelfs.metrics import Metrics
 from modelfs.origins import Origin
 from modelfs.origins.fallback import FallbackOrigin, Twins
+from modelfs.origins.inline import InlineOrigin
 from modelfs.source import Source, parse_source
 from modelfs.store import Store
 from modelfs.tree import Listing, Tree
@@ -65,7 +67,8 @@ class Sources:
     @property
     def by_name(self) -> Mapping[str, Origin]:
         """The origins by their names, those with a second place in front of others."""
-        plain = {origin.name: origin for origin in self._origins.values()}
+        plain: dict[str, Origin] = {origin.name: origin for origin in self._origins.values()}
+        plain[INLINE] = InlineOrigin()
         return plain | {origin.name: origin for origin in self._fallbacks.values()}
 
     def origin(self, place: str) -> Origin:
@@ -110,7 +113,7 @@ class Sources:
         if source.origin:
             second = parse_source(source.origin)
             prefixes.append((self.origin(second.place).name, second.prefix))
-        return Listing(source.name, tuple(prefixes), tuple(objects), source.include, source.exclude)
+        return Listing(source.name, tuple(prefixes), tuple(objects), source.include, source.exclude, source.revision)
 
     async def refresh(self, store: Store | None = None) -> list[Listing]:
         """List every source anew, and keep the listings in ``store``.

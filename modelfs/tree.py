@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from modelfs.chunks import ObjectInfo, stable_number
 from modelfs.config import TreeConfig
+from modelfs.layout import as_hub_cache
 
 ROOT_INODE = 1
 NAME_MAX_BYTES = 255
@@ -75,7 +76,7 @@ class Listing:
     """All objects of one source at one moment.
 
     ``name`` is the source's directory, empty for the root; ``prefixes`` what is cut off the keys of which origin;
-    ``include`` and ``exclude`` are the source's own filters.
+    ``include`` and ``exclude`` are the source's own filters, ``revision`` is what it was asked for at the Hub.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Listing:
     objects: tuple[ObjectInfo, ...]
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    revision: str = ""
 
     def relative(self, info: ObjectInfo) -> str:
         """Return an object's path below the source."""
@@ -106,40 +108,50 @@ class Tree:
         self.total_bytes = 0
         shown = _Filter(config.include, config.exclude)
         for listing in listings:
-            top = self._directory_at(listing.name) if listing.name else self.root
-            own = _Filter(listing.include, listing.exclude)
-            for info in listing.objects:
-                self._add(top, info, listing.relative(info), (shown, own))
+            filters = (shown, _Filter(listing.include, listing.exclude))
+            entries = [
+                (_join(listing.name, path), info)
+                for info in listing.objects
+                if (path := self._path_of(info, listing.relative(info), filters)) is not None
+            ]
+            if config.layout == "hf":
+                entries = as_hub_cache(entries, listing.revision)
+            for path, info in entries:
+                self._add(path, info)
         self._finish(self.root)
 
     def _skip(self, reason: str, key: str) -> None:
         self.skipped[reason] += 1
         self.skipped_examples.setdefault(reason, key)
 
-    def _add(self, top: Directory, info: ObjectInfo, relative: str, filters: Iterable["_Filter"]) -> None:
+    def _path_of(self, info: ObjectInfo, relative: str, filters: Iterable["_Filter"]) -> str | None:
+        """Return where an object is shown below its source, with a slash at the end if as a directory; or ``None``."""
         marker = relative.endswith("/") and info.size == 0
         path = relative[:-1] if marker else relative
         if not path:
             if not marker and info.size:
                 self._skip("empty_part", info.id.key)
-            return
-        parts = path.split("/")
-        reason = _reason_to_skip(parts)
+            return None
+        reason = _reason_to_skip(path.split("/"))
         if reason is None and not marker and not all(shown(path) for shown in filters):
             reason = "filtered"
         if reason is not None:
             self._skip(reason, info.id.key)
-            return
-        parent = top
-        for part in parts if marker else parts[:-1]:
+            return None
+        return relative
+
+    def _add(self, path: str, info: ObjectInfo) -> None:
+        *directories, name = path.split("/")
+        parent = self.root
+        for part in directories:
             parent = self._child_directory(parent, part)
-        if marker:
+        if not name:
             return
-        if isinstance(parent.entries.get(parts[-1]), Directory):
+        if isinstance(parent.entries.get(name), Directory):
             self._skip("shadowed", info.id.key)
             return
-        file = File(info.number, parts[-1], _join(parent.path, parts[-1]), info, parent)
-        parent.entries[file.name] = file
+        file = File(info.number, name, path, info, parent)
+        parent.entries[name] = file
         self.nodes[file.inode] = file
 
     def _child_directory(self, parent: Directory, name: str) -> Directory:
@@ -154,9 +166,6 @@ class Tree:
         parent.entries[name] = directory
         self.nodes[directory.inode] = directory
         return directory
-
-    def _directory_at(self, name: str) -> Directory:
-        return self._child_directory(self.root, name)
 
     def _finish(self, directory: Directory) -> None:
         """Sort entries and carry the newest time upwards; iterative, for keys may nest 500 deep."""

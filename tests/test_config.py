@@ -72,6 +72,18 @@ def test_several_sources_get_directories():
     assert [source.name for source in named] == ["8b", "q"]
 
 
+def test_names_in_the_layout_of_the_hub():
+    flags = {"layout": "hf"}
+    assert build(sources=["hf://org/n@v1"], flags=flags).sources[0].name == "org/n"
+    assert [one.name for one in build(sources=["hf://org/n", "x/y=s3://bucket/z"], flags=flags).sources] == [
+        "org/n", "x/y"
+    ]  # fmt: skip
+    assert build(sources=["s3://bucket/models/"], flags=flags).sources[0].name == ""
+    for name in ("a//b", "/a", "a/", "a/../b"):
+        with pytest.raises(ConfigError):
+            build(sources=[f"{name}=s3://bucket/x"])
+
+
 def test_two_sources_of_one_name_are_refused():
     with pytest.raises(ConfigError, match="both be the directory 'x'"):
         build(sources=["s3://bucket/x", "s3://other/x"])
@@ -90,7 +102,8 @@ def test_every_option_can_be_written_in_toml(tmp_path):
         "endpoint_url": '"http://h"', "addressing": '"path"', "cache_size": '"10GiB"', "min_free": '"1%"', "uid": "7",
         "gid": "7", "umask": '"077"', "refresh": '"1m"', "max_memory": '"64MiB"', "prefetch": '"all"', "admin": '"off"',
         "log_level": '"debug"', "log_format": '"json"', "include": '["*.json", "*.gguf"]', "exclude": '["a"]',
-        "trace_uri": '"s3://bucket/traces/"', "processes": "2", "read_timeout": '"20s"', "verify": '"strict"',
+        "trace_uri": '"s3://bucket/traces/"', "processes": "2", "read_timeout": '"20s"', "layout": '"hf"',
+        "verify": '"strict"',
         "engine_metrics": '"http://127.0.0.1:8000/metrics"',
     }  # fmt: skip
     unset = '"x"'

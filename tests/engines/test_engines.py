@@ -74,13 +74,22 @@ class Watch:
                 return
 
 
-def generate(engine_python, path) -> list[int]:
+def generate(engine_python, path, **environment) -> list[int]:
     done = subprocess.run(
         [engine_python, str(HERE / "generate.py"), str(path)],
-        env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=600, check=False,
+        env={**os.environ, **ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_transformers_by_name_from_a_bucket(engine_python, model, bucket, tmp_path):
+    """``from_pretrained("org/name")``, offline, from the Hub-shaped view of a bucket."""
+    for path in model.iterdir():
+        bucket.client.upload_file(str(path), bucket.name, f"models/org/name/{path.name}")
+    with Mounted(bucket.store, [bucket.uri("models/")], tmp_path, "--layout", "hf") as mount:
+        by_name = generate(engine_python, "org/name", HF_HUB_CACHE=str(mount.path), HF_HUB_OFFLINE="1")
+    assert by_name == generate(engine_python, model)
 
 
 def serve_and_complete(engine_python, path, log_path) -> dict:

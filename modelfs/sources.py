@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 LISTINGS = 4
 """Listings at once: downloads keep their connections."""
+MARKER = ".modelfs-push"
+"""An object of this name lies in a directory whose files are being written; see ``push``."""
 SUMS_LIMIT_BYTES = 4 * 1024 * 1024
 _EXAMPLES = 3
 
@@ -144,6 +146,11 @@ class Sources:
         objects = await trio.to_thread.run_sync(self._list_sync, source, limiter=limiter)
         if not objects:
             raise ObjectNotFoundError(f"there is no object under {source.uri}", "check the prefix")
+        objects, hidden = without_incomplete(objects)
+        if not objects:
+            raise ObjectNotFoundError(f"{source.uri} is being written", "wait for modelfs push, or run it again")
+        if hidden:
+            log.warning("%d files of %s are not shown: they are being written", hidden, source.uri)
         if store is not None:
             try:
                 await store.save_listing(self._saved_name(source), objects)
@@ -228,3 +235,12 @@ class Sources:
             total = sum(count for reason, count in tree.skipped.items() if reason in odd)
             log.warning("%d keys cannot be shown as files (%s)", total, shown)
         return tree
+
+
+def without_incomplete(objects: list[ObjectInfo]) -> tuple[list[ObjectInfo], int]:
+    """Leave out what lies in directories that are being written; return the rest, and how many were left out."""
+    marked = {info.id.key[: -len(MARKER)] for info in objects if info.id.key.rpartition("/")[2] == MARKER}
+    if not marked:
+        return objects, 0
+    kept = [info for info in objects if not info.id.key.startswith(tuple(marked))]
+    return kept, len(objects) - len(kept) - len(marked)

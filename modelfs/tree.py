@@ -106,9 +106,9 @@ class Tree:
         self.skipped: Counter[str] = Counter()
         self.skipped_examples: dict[str, str] = {}
         self.total_bytes = 0
-        shown = _Filter(config.include, config.exclude)
+        shown = Filter(config.include, config.exclude)
         for listing in listings:
-            filters = (shown, _Filter(listing.include, listing.exclude))
+            filters = (shown, Filter(listing.include, listing.exclude))
             entries = [
                 (_join(listing.name, path), info)
                 for info in listing.objects
@@ -124,7 +124,7 @@ class Tree:
         self.skipped[reason] += 1
         self.skipped_examples.setdefault(reason, key)
 
-    def _path_of(self, info: ObjectInfo, relative: str, filters: Iterable["_Filter"]) -> str | None:
+    def _path_of(self, info: ObjectInfo, relative: str, filters: Iterable["Filter"]) -> str | None:
         """Return where an object is shown below its source, with a slash at the end if as a directory; or ``None``."""
         marker = relative.endswith("/") and info.size == 0
         path = relative[:-1] if marker else relative
@@ -220,12 +220,15 @@ def _reason_to_skip(parts: list[str]) -> str | None:
     return None
 
 
-class _Filter:
+class Filter:
+    """Whether a relative path is shown: it matches one of ``include`` if there are any, and none of ``exclude``."""
+
     def __init__(self, include: Iterable[str], exclude: Iterable[str]) -> None:
         self._include = [_compile(pattern) for pattern in include]
         self._exclude = [_compile(pattern) for pattern in exclude]
 
     def __call__(self, path: str) -> bool:
+        """Return whether ``path``, relative to its source, is shown."""
         name = path.rpartition("/")[2]
         included = not self._include or any(pattern(path, name) for pattern in self._include)
         return included and not any(pattern(path, name) for pattern in self._exclude)

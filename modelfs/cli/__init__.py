@@ -21,6 +21,7 @@ COMMANDS = {
     "wait": "wait until a path is mounted, has its heads, or is complete",
     "warm": "download paths now",
     "get": "bring files into a plain directory, without a mount",
+    "push": "bring a model into a bucket",
     "ls": "show what a source holds, without a mount",
     "verify": "compare local files with the digests of their publisher",
     "why": "say where the time of the last load went, and what to change",

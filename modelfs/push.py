@@ -1,0 +1,191 @@
+"""The way into the bucket: files of a directory, an archive or another place, complete for readers or not at all.
+
+While files are being written, an object ``MARKER`` lies beside them, and mounts do not show that directory (see
+``sources``); ``SHA256SUMS`` is written when all the others are there, then the marker goes. A push that was killed is
+run again: what has arrived is left as it is.
+"""
+
+import hashlib
+import json
+import os
+import stat
+import tarfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from modelfs.chunks import MIB, Step
+from modelfs.errors import ConfigError
+from modelfs.local import STORE_NAME
+from modelfs.origins.s3_target import S3Target
+from modelfs.sources import MARKER
+
+SUMS_NAME = "SHA256SUMS"
+FILES_AT_ONCE, PARTS_AT_ONCE, HASHERS = 3, 8, 4
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+_POLL_SECONDS = 0.1
+_BLOCK_BYTES = 4 * MIB
+
+Show = Callable[[str, Step], None]
+"""Takes what is going on, and how far it has come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a push did.
+
+    ``sent_files`` and ``sent_bytes`` went over the network; ``removed_files`` were in the bucket and not in the source.
+    """
+
+    files: int
+    size_bytes: int
+    sent_files: int = 0
+    sent_bytes: int = 0
+    removed_files: int = 0
+
+
+class _Count:
+    """Bytes, counted by several threads."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self.value = 0
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self.value += count
+
+
+def files_of(directory: Path) -> dict[str, Path]:
+    """Return the regular files below a directory, by their relative names; links are followed.
+
+    Raises:
+        ConfigError: There is none, or one cannot be read.
+    """
+    found: dict[str, Path] = {}
+    for top, directories, names in os.walk(directory, followlinks=True):
+        directories[:] = [name for name in directories if name not in {STORE_NAME, ".git"}]
+        for name in names:
+            path = Path(top, name)
+            relative = path.relative_to(directory).as_posix()
+            try:
+                if name not in {MARKER, SUMS_NAME} and stat.S_ISREG(path.stat().st_mode):
+                    found[relative] = path
+            except OSError as error:
+                raise ConfigError(f"{path} cannot be read ({error.strerror})", "remove or mend it") from error
+    if not found:
+        raise ConfigError(f"there is no file in {directory}", "name a directory with a model")
+    return found
+
+
+def unpack(archive: Path, target: Path) -> None:
+    """Unpack a tar archive; nothing in it can lead out of ``target``, and only files and directories are taken.
+
+    Raises:
+        ConfigError: It is no archive, or a hostile one.
+    """
+    try:
+        with tarfile.open(archive) as opened:
+            opened.extractall(target, filter=_only_files)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ConfigError(
+            f"{archive} cannot be unpacked ({error})", "check the archive, and the room in TMPDIR"
+        ) from error
+
+
+def _only_files(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+    checked = tarfile.data_filter(member, path)
+    return checked if checked.isreg() or checked.isdir() else None
+
+
+def push(files: dict[str, Path], target: S3Target, prefix: str, show: Show, *, delete: bool = False) -> Result:
+    """Make the bucket hold these files under ``prefix``, and ``SHA256SUMS`` last.
+
+    Args:
+        files: Relative name to path.
+        target: The bucket.
+        prefix: Empty or ending in a slash.
+        show: Told how far it has come.
+        delete: Remove what is under the prefix and not among the files.
+
+    Raises:
+        OriginError: The bucket could not be written. What has arrived stays, hidden, for another try.
+    """
+    total = sum(path.stat().st_size for path in files.values())
+    sums = _sums(files, total, show)
+    text = "".join(f"{sums[name]}  {name}\n" for name in sorted(files)).encode()
+    marker, manifest = f"{prefix}{MARKER}", f"{prefix}{SUMS_NAME}"
+    there = {info.id.key.removeprefix(prefix): info.size for info in target.list(prefix)}
+    extra = sorted(there.keys() - files.keys() - {MARKER, SUMS_NAME}) if delete else []
+    same = MARKER not in there and all(there.get(name) == path.stat().st_size for name, path in files.items())
+    if same and not extra and target.get_small(manifest, len(text) + 1) == text:
+        show("push", Step(total, total, finished=True, mark=total))
+        return Result(len(files), total)
+    target.put_small(marker, json.dumps({"files": len(files), "size": total, "began": int(time.time())}).encode())
+    if SUMS_NAME in there:
+        target.delete(manifest)
+    sent = _send_all(files, sums, target, prefix, show)
+    for name in extra:
+        target.delete(f"{prefix}{name}")
+    target.put_small(manifest, text)
+    target.delete(marker)
+    return Result(len(files), total, sum(map(bool, sent)), sum(sent), len(extra))
+
+
+def _sums(files: dict[str, Path], total: int, show: Show) -> dict[str, str]:
+    """Return the SHA-256 of every file."""
+    done = _Count()
+
+    def hash_one(path: Path) -> str:
+        hasher = hashlib.sha256()
+        with path.open("rb", buffering=0) as file:
+            while data := file.read(_BLOCK_BYTES):
+                hasher.update(data)
+                done.add(len(data))
+        return hasher.hexdigest()
+
+    with ThreadPoolExecutor(HASHERS) as pool:
+        running = {name: pool.submit(hash_one, path) for name, path in files.items()}
+        _watch(list(running.values()), done, total, "hash", show)
+    return {name: one.result() for name, one in running.items()}
+
+
+def _send_all(files: dict[str, Path], sums: dict[str, str], target: S3Target, prefix: str, show: Show) -> list[int]:
+    """Write all files; return the bytes sent of each."""
+    there = _Count()
+
+    def send(name: str, parts: ThreadPoolExecutor) -> int:
+        own = 0
+
+        def tell(count: int, was_sent: bool) -> None:
+            nonlocal own
+            own += count if was_sent else 0
+            there.add(count)
+
+        target.send(f"{prefix}{name}", files[name], sums[name], parts, tell)
+        return own
+
+    total = sum(path.stat().st_size for path in files.values())
+    with ThreadPoolExecutor(PARTS_AT_ONCE) as parts, ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        running = [pool.submit(send, name, parts) for name in files]
+        _watch(running, there, total, "push", show)
+    return [one.result() for one in running]
+
+
+def _watch(running: Sequence[Future[Any]], done: _Count, total: int, what: str, show: Show) -> None:
+    """Show progress until all have ended; raise the first failure at once, and begin nothing more."""
+    while True:
+        failed = next((one for one in running if one.done() and one.exception() is not None), None)
+        if failed is not None:
+            for one in running:
+                one.cancel()
+            failed.result()
+        finished = all(one.done() for one in running)
+        show(what, Step(done.value, total, finished, done.value))
+        if finished:
+            return
+        time.sleep(_POLL_SECONDS)

@@ -9,7 +9,7 @@ export MODELFS_MINISTACK := $(CURDIR)/.venv-ministack/bin/ministack
 BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev pkg-config libfuse3-dev fuse3
 TEST_PACKAGES := radosgw ceph-osd ceph-mon ceph-common util-linux procps openssl nginx-light
 
-.PHONY: help setup servers demo test nightly soak check format bench bench-ttft bench-replay bench-ceiling test-engines clean
+.PHONY: help setup servers demo test nightly soak check format bench bench-ttft bench-replay bench-ceiling test-engines test-places clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 16
@@ -39,7 +39,7 @@ demo: .venv/.ready .venv-ministack/.ready ## mount a model from an embedded obje
 	@.venv/bin/modelfs demo
 
 test: .venv/.ready servers ## run the tests (real mounts, real S3 servers on loopback)
-	@.venv/bin/pytest -m "not engines and not nightly"
+	@.venv/bin/pytest -m "not engines and not nightly and not places"
 
 nightly: .venv/.ready servers ## the tests that take minutes: 200 kills under load, the watchdog
 	@.venv/bin/pytest -m nightly -s
@@ -84,8 +84,16 @@ bench: .venv/.ready servers .venv-peers/.ready ## reads of every kind beside rcl
 	@.venv-engines/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
+.venv-azurite/.ready:
+	@command -v npm >/dev/null || .ci/system-packages nodejs npm
+	@npm install --silent --no-fund --no-audit --prefix .venv-azurite azurite@3.37.0
+	@touch $@
+
+test-places: .venv/.ready servers .venv-azurite/.ready ## the tests of places whose emulator is heavy to install: Azure
+	@MODELFS_AZURITE=$(CURDIR)/.venv-azurite/node_modules/.bin/azurite-blob .venv/bin/pytest -m places
+
 test-engines: .venv/.ready servers .venv-engines/.ready ## real engines read from the mount (heavy: gigabytes to install)
 	@MODELFS_ENGINE_PYTHON=$(CURDIR)/.venv-engines/bin/python .venv/bin/pytest -m engines -s tests/engines
 
 clean: ## remove everything the other targets made
-	rm -rf .venv .venv-tools .venv-ministack .venv-engines .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results
+	rm -rf .venv .venv-tools .venv-ministack .venv-engines .venv-peers .venv-azurite .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results

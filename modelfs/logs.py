@@ -6,6 +6,20 @@ import time
 from collections.abc import Hashable
 
 
+_NOISY = (
+    "azure",
+    "boto3",
+    "botocore",
+    "gcsfs",
+    "google",
+    "httpx",
+    "httpx2",
+    "huggingface_hub",
+    "s3transfer",
+    "urllib3",
+)
+
+
 def setup_logging(level: str, form: str) -> None:
     """Send log lines to stderr.
 
@@ -18,17 +32,7 @@ def setup_logging(level: str, form: str) -> None:
         _JsonFormatter() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for noisy in (
-        "botocore",
-        "boto3",
-        "urllib3",
-        "s3transfer",
-        "gcsfs",
-        "google",
-        "httpx",
-        "httpx2",
-        "huggingface_hub",
-    ):
+    for noisy in _NOISY:
         # Their debug lines hold signed headers.
         logging.getLogger(noisy).setLevel(logging.ERROR)
 

@@ -51,7 +51,6 @@ _SCHEMES = {
     "s3": r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}",
     "gs": r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}",
     "az": r"[A-Za-z0-9$][A-Za-z0-9-]{1,62}",
-    "oci": r"[A-Za-z0-9._-]{1,256}@[A-Za-z0-9._-]{1,256}",
     "hf": r"(?:(?:models|datasets|spaces)/)?[A-Za-z0-9._-]{1,96}/[A-Za-z0-9._-]{1,96}",
     "file": "",
     "https": r"[A-Za-z0-9.\[\]:_-]+",
@@ -59,7 +58,6 @@ _SCHEMES = {
 }
 """What stands between the scheme and the prefix."""
 _FORMS = {
-    "oci": "oci://BUCKET@NAMESPACE/PREFIX/",
     "hf": "hf://ORG/NAME[@REVISION][/PREFIX/]",
     "file": "file:///DIRECTORY/",
     "https": "https://HOST/PATH/",

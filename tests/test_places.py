@@ -1,6 +1,7 @@
 """What every kind of origin must do, each on its own server; S3 has more tests in ``test_origins``."""
 
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,7 @@ from tests.test_origins import Collect
 NO_STORE = ObjectStore("http://127.0.0.1:1", "none", "none")
 
 
-@pytest.fixture(params=list(PLACES))
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.places] if name == "az" else []) for name in PLACES])
 def place(request, tmp_path, monkeypatch):
     with PLACES[request.param](tmp_path) as made:
         for name, value in made.environment.items():
@@ -90,7 +91,7 @@ def test_deleted_object(place):
     info = replace(listed(place)["k"], locator="")
     place.delete("k")
     assert listed(place).keys() == {"other"}
-    with pytest.raises(ObjectNotFoundError, match="does not exist"):
+    with pytest.raises((ObjectNotFoundError, ObjectChangedError)):  # Azure looks at the condition first
         get(opened(place)[0], info, 0, 4)
 
 
@@ -137,7 +138,7 @@ def test_bad_credentials(place, monkeypatch):
         with pytest.raises(AccessDeniedError) as caught:
             ask()
         assert "CANARY" not in str(caught.value)
-        assert "HF_TOKEN" in str(caught.value)
+        assert "set " in str(caught.value)
 
 
 @pytest.mark.fuse
@@ -151,7 +152,7 @@ def test_mounted(place, tmp_path, processes):
         assert (mount.path / "model" / "config.json").read_bytes() == b"{}"
         assert (mount.path / "model" / "weights.safetensors").read_bytes() == data
     assert "Traceback" not in mount.log
-    assert "CANARY" not in mount.log
+    assert not re.search("CANARY|sig=|AccountKey", mount.log)
 
 
 def test_missing_extra_is_one_line(monkeypatch):

@@ -12,6 +12,7 @@ from modelfs.source import parse_source
 
 _KINDS = {
     "s3": ("s3", "S3Origin", ""),
+    "az": ("az", "AzOrigin", "az"),
     "gs": ("gs", "GsOrigin", "gs"),
     "hf": ("hf", "HubOrigin", "hf"),
     "file": ("file", "FileOrigin", ""),

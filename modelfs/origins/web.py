@@ -121,7 +121,7 @@ class HttpOrigin(RetryingOrigin):
                 answer.drain_conn()
                 answer.release_conn()
                 if moved is not None and moved[0] == url:
-                    raise TransientOriginError(f"the place of {first} is not valid any more")
+                    raise TransientOriginError("the address that a redirection gave is not valid any more")
                 raise StatusError(answer.status, url, answer.headers)
             if url != first and moved is None:
                 self._moved[first] = (url, time.monotonic() + REMEMBER_SECONDS)

@@ -1,5 +1,6 @@
 """The places where objects can lie, each with a real server or its closest stand-in, for the conformance tests."""
 
+import base64
 import contextlib
 import itertools
 import os
@@ -15,11 +16,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+from azure.storage.blob import BlobServiceClient
 from gcsfs.core import GCSFileSystem
 
 from modelfs.cli.embedded import await_http, free_port
 from tests.support.certificate import make_certificate
 from tests.support.hub import TOKEN, Hub
+
+AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+"""Of the emulator's account, as its documentation tells everybody."""
 
 
 @dataclass(frozen=True)
@@ -147,4 +153,41 @@ def gcs(home: Path) -> Iterator[Place]:
         )
 
 
-PLACES = {"file": directory, "https": nginx, "hf": hub, "gs": gcs}
+@contextlib.contextmanager
+def azurite(home: Path) -> Iterator[Place]:
+    """A container of the emulator of Azure Blob Storage, with its well-known account."""
+    container, port = f"test-{uuid.uuid4().hex[:12]}", free_port()
+    program = os.environ.get("MODELFS_AZURITE")
+    if not program:
+        pytest.fail("run: make test-places")
+    options = (
+        "--blobHost",
+        "127.0.0.1",
+        "--blobPort",
+        str(port),
+        "--inMemoryPersistence",
+        "--silent",
+        "--skipApiVersionCheck",
+    )
+    with running(program, *options, "--disableTelemetry") as process:
+        await_http(f"http://127.0.0.1:{port}/", process)
+
+        def connection(key: str) -> str:
+            return (
+                f"DefaultEndpointsProtocol=http;AccountName=devstoreaccount1;AccountKey={key};"
+                f"BlobEndpoint=http://127.0.0.1:{port}/devstoreaccount1"
+            )
+
+        files = BlobServiceClient.from_connection_string(connection(AZURITE_KEY)).create_container(container)
+        yield Place(
+            f"az://{container}/",
+            lambda key, data: files.upload_blob(key, data, overwrite=True) and None,
+            files.delete_blob,
+            {"AZURE_STORAGE_CONNECTION_STRING": connection(AZURITE_KEY)},
+            {"AZURE_STORAGE_CONNECTION_STRING": connection(base64.b64encode(b"CANARY").decode())},
+            "az://no-such-container/",
+        )
+        files.close()
+
+
+PLACES = {"file": directory, "https": nginx, "hf": hub, "gs": gcs, "az": azurite}

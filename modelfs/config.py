@@ -159,6 +159,7 @@ class StoreConfig:
         Size(share=0.8), parse_size, "largest size of the store, bytes or a share of the disk", "SIZE"
     )
     min_free: Size = _one(Size(share=0.05), parse_size, "space that always stays free on the store's disk", "SIZE")
+    lower_dir: str = _one("", str, "store below, only read: a directory that modelfs get filled", "DIR")
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +239,12 @@ class Config:
             ),
             mountpoint=raw["mountpoint"],
             origin=OriginConfig(**raw["origin"]),
-            store=StoreConfig(store["cache_dir"], Size(**store["cache_size"]), Size(**store["min_free"])),
+            store=StoreConfig(
+                cache_dir=store["cache_dir"],
+                cache_size=Size(**store["cache_size"]),
+                lower_dir=store["lower_dir"],
+                min_free=Size(**store["min_free"]),
+            ),
             tree=TreeConfig(tuple(tree.pop("include")), tuple(tree.pop("exclude")), **tree),
             fetch=FetchConfig(Size(**raw["fetch"].pop("max_memory")), **raw["fetch"]),
             daemon=DaemonConfig(**raw["daemon"]),

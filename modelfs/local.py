@@ -27,6 +27,7 @@ from modelfs.metrics import Metrics
 from modelfs.prefetch import RANK_SMALL, RANK_WEIGHTS, SMALL_BYTES
 from modelfs.sources import Sources
 from modelfs.store import Store
+from modelfs.store.files import STORE_NAME
 from modelfs.tree import File, Tree
 from modelfs.verification import Verification
 
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STORE_NAME = ".modelfs"
-"""The store inside a directory that ``get`` filled."""
 PLACED_NAME = "placed.json"
 """In the store: which names in the directory are whose."""
 _POLL_SECONDS = 0.1
@@ -58,7 +57,9 @@ class Result:
 
 def store_of(directory: str) -> StoreConfig:
     """Return the store inside ``directory``: as large as it has to be."""
-    return StoreConfig(str(Path(directory).absolute() / STORE_NAME), Size(share=1.0), Size())
+    return StoreConfig(
+        cache_dir=str(Path(directory).absolute() / STORE_NAME), cache_size=Size(share=1.0), min_free=Size()
+    )
 
 
 class Local:

@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Hashable
 
-
 _NOISY = (
     "azure",
     "boto3",

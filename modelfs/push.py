@@ -20,9 +20,9 @@ from typing import Any
 
 from modelfs.chunks import MIB, Step
 from modelfs.errors import ConfigError
-from modelfs.local import STORE_NAME
 from modelfs.origins.s3_target import S3Target
 from modelfs.sources import MARKER
+from modelfs.store.files import STORE_NAME
 
 SUMS_NAME = "SHA256SUMS"
 FILES_AT_ONCE, PARTS_AT_ONCE, HASHERS = 3, 8, 4

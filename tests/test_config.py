@@ -103,6 +103,7 @@ def test_every_option_can_be_written_in_toml(tmp_path):
         "gid": "7", "umask": '"077"', "refresh": '"1m"', "max_memory": '"64MiB"', "prefetch": '"all"', "admin": '"off"',
         "log_level": '"debug"', "log_format": '"json"', "include": '["*.json", "*.gguf"]', "exclude": '["a"]',
         "trace_uri": '"s3://bucket/traces/"', "processes": "2", "read_timeout": '"20s"', "layout": '"hf"',
+        "lower_dir": '"/baked"',
         "verify": '"strict"',
         "engine_metrics": '"http://127.0.0.1:8000/metrics"',
     }  # fmt: skip

@@ -167,3 +167,46 @@ def test_ls(get, bucket):
     assert [json.loads(line)["path"] for line in lines] == ["config.json", "sub/tokenizer.json"]
     done = run("ls", "s3://no-such-bucket-1/", env=env)
     assert (done.returncode, len(done.stderr.splitlines())) == (3, 1)
+
+
+@pytest.mark.fuse
+def test_baked_directory_below_a_mount(get, bucket, tmp_path):
+    """Nothing is downloaded where versions match; what changed or is damaged is, into the mount's own store."""
+    get()
+    lower = {path: path.stat().st_mtime_ns for path in get.target.rglob("*") if path.is_file()}
+    options = ("--lower-dir", str(get.target), "--prefetch", "all", "--refresh", "1s")
+    with Mounted(bucket.store, [bucket.uri("m/")], tmp_path, *options) as mount:
+        assert contents(mount.path) == FILES
+        assert mount.metrics().get('modelfs_origin_bytes_total{scheme="s3"}', 0) == 0
+        bucket.put("m/config.json", b"[9]")
+        deadline = time.monotonic() + 20
+        while (mount.path / "config.json").read_bytes() != b"[9]" and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert contents(mount.path) == {**FILES, "config.json": b"[9]"}
+        assert mount.metrics()['modelfs_origin_bytes_total{scheme="s3"}'] == 3
+    now = {path: path.stat().st_mtime_ns for path in get.target.rglob("*") if path.is_file()}
+    assert now == lower, "the store below is not written to"
+
+
+@pytest.mark.fuse
+def test_damaged_file_below_a_mount(get, bucket, tmp_path):
+    get()
+    broken = bytearray(DATA)
+    broken[3 * CHUNK_BYTES + 9] ^= 1
+    (get.target / "model.safetensors").write_bytes(broken)
+    with Mounted(bucket.store, [bucket.uri("m/")], tmp_path, "--lower-dir", str(get.target)) as mount:
+        assert (mount.path / "model.safetensors").read_bytes() == DATA
+        assert mount.metrics()['modelfs_origin_bytes_total{scheme="s3"}'] >= CHUNK_BYTES
+        assert "is damaged: fetched anew" in mount.log
+    assert (get.target / "model.safetensors").read_bytes() == broken
+
+
+def test_lower_directory_without_a_store(bucket, tmp_path):
+    bucket.put("m/f", b"x")
+    (tmp_path / "mnt").mkdir()
+    done = run(
+        "mount", bucket.uri("m/"), str(tmp_path / "mnt"), "--lower-dir", str(tmp_path), "--admin", "off",
+        "--cache-dir", str(tmp_path / "cache"), env={**os.environ, **bucket.store.environment()},
+    )  # fmt: skip
+    assert (done.returncode, len(done.stderr.splitlines())) == (8, 1)
+    assert "there is no store in" in done.stderr

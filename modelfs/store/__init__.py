@@ -34,6 +34,7 @@ from modelfs.metrics import Metrics
 from modelfs.store import files
 from modelfs.store.files import CorruptChunkError
 from modelfs.store.index import Index, NewChunk
+from modelfs.store.lower import Lower
 
 __all__ = ["Chunk", "CorruptChunkError", "Store", "StoredObject"]
 
@@ -70,7 +71,8 @@ class StoredObject:
     ``passed`` says that the kernel reads the file without us, so that no hole may be punched; ``copied`` that
     it is open and its readers get their bytes through us; ``untouched`` that nobody but modelfs has written the
     data file since its chunks were recorded. ``verdict`` is what hashing exactly these bytes showed; ``changes`` counts
-    chunks that have come and gone, for whoever looks at all of them one after the other.
+    chunks that have come and gone, for whoever looks at all of them one after the other. ``lower`` is the data file in
+    the store below, where all of it lies there.
     """
 
     info: ObjectInfo
@@ -82,6 +84,7 @@ class StoredObject:
     verdict: Verdict | None = None
     changes: int = 0
     descriptor: int = -1
+    lower: Path | None = None
     evicting: set[int] = field(default_factory=set)
     resident_bytes: int = 0
 
@@ -127,6 +130,8 @@ class Store:
         self.data_directory = self.directory / "data"
         files.prepare(self.data_directory)
         self._index = self._open_index()
+        self._lower = Lower(config.lower_dir) if config.lower_dir else None
+        self._retired: list[int] = []
         self._objects: dict[int, StoredObject] = {}
         self._dirty: dict[tuple[int, int], tuple[StoredObject, Chunk]] = {}
         self._used: dict[int, int] = {}
@@ -193,6 +198,10 @@ class Store:
             if stored.descriptor >= 0:
                 os.close(stored.descriptor)
                 stored.descriptor = -1
+        for descriptor in self._retired:
+            os.close(descriptor)
+        if self._lower is not None:
+            self._lower.close()
         self._index.close()
         os.close(self._lock)
 
@@ -234,7 +243,10 @@ class Store:
 
     def _load(self, info: ObjectInfo) -> StoredObject:
         row = self._index.object(info.number)
-        if row is None or row.info.id != info.id or row.info.size != info.size:
+        known = row is not None and row.info.id == info.id and row.info.size == info.size
+        if (row is None or not known or row.resident < info.size) and (found := self._load_lower(info)) is not None:
+            return found
+        if row is None or not known:
             return StoredObject(info, OrderedDict())
         recorded = self._index.chunks(info.number)
         status = self._data_file_status(info)
@@ -251,6 +263,29 @@ class Store:
         if stored.complete:
             stored.verdict = self._index.verdict(info.number)
         return stored
+
+    def _load_lower(self, info: ObjectInfo) -> StoredObject | None:
+        """Return an object that lies complete in the store below."""
+        found = self._lower.find(info) if self._lower is not None and info.size else None
+        if found is None:
+            return None
+        path, sums, untouched, verdict = found
+        chunks = OrderedDict((index, Chunk(one, 0, durable=True)) for index, one in sums.items())
+        stored = StoredObject(info, chunks, resident_bytes=info.size, untouched=untouched, lower=path)
+        stored.verdict = verdict or self._index.verdict(info.number)
+        return stored
+
+    def _leave_lower(self, stored: StoredObject) -> None:
+        """Go on with an object in our own store: what lies below is damaged. Readers may still hold its descriptor."""
+        log.error("%s below is damaged: fetched anew", stored.lower)
+        if stored.descriptor >= 0:
+            self._retired.append(stored.descriptor)
+            stored.descriptor = -1
+        for tell in self.on_evict:
+            tell(stored, list(stored.chunks))
+        stored.chunks.clear()
+        stored.lower, stored.verdict, stored.untouched, stored.resident_bytes = None, None, True, 0
+        stored.changes += 1
 
     def _look_up(self, ask: Callable[[], _Found]) -> _Found | None:
         """Return what the index says, or ``None`` where it cannot be read."""
@@ -308,7 +343,10 @@ class Store:
             OSError: The file cannot be opened.
         """
         if stored.descriptor < 0:
-            stored.descriptor = files.open_data(self.data_path(stored.info), stored.info.size)
+            if stored.lower is not None:
+                stored.descriptor = os.open(stored.lower, os.O_RDONLY | os.O_CLOEXEC)
+            else:
+                stored.descriptor = files.open_data(self.data_path(stored.info), stored.info.size)
         return stored.descriptor
 
     def touch(self, stored: StoredObject, indices: range) -> None:
@@ -542,6 +580,10 @@ class Store:
         Pinned chunks and those of passed-through files stay, unless forced. Forced ones are only forgotten:
         a reader that holds a pin must not meet a hole, and the next download overwrites them in place.
         """
+        if stored.lower is not None:
+            if force:
+                self._leave_lower(stored)
+            return 0
         victims = []
         for index in indices:
             chunk = stored.chunks.get(index)
@@ -639,7 +681,7 @@ class Store:
         if not stored.sound:
             return None
         try:
-            return os.open(self.data_path(stored.info), os.O_RDONLY | os.O_CLOEXEC)
+            return os.open(stored.lower or self.data_path(stored.info), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             log.warning("data file of %s cannot be opened: %s", stored.info.id.key, error.strerror)
             return None

@@ -17,6 +17,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
 SUM_BYTES = 8
+STORE_NAME = ".modelfs"
+"""The store inside a directory that ``modelfs get`` filled."""
 _DIRECT_ALIGNMENT = 4096
 """Offsets, lengths and memory of an O_DIRECT write; enough for every common disk."""
 

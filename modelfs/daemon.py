@@ -295,6 +295,25 @@ class Worker:
             self._verification.check(path)
         return self._verification.report(path)
 
+    async def _evict(self, path: str) -> dict[str, Any]:
+        """Remove what is local under ``path`` and not open; tell where the objects lie and how they are reached."""
+        if self._view.tree.find(path) is None:
+            return {"missing": True}
+        freed = in_use = 0
+        uris = []
+        for file in self._view.tree.under(path):
+            stored = self._store.object(file.info)
+            uris.append(f"{file.info.id.origin.partition('@')[0]}/{file.info.id.key}")
+            in_use += bool(stored.users)
+            if not stored.users:
+                freed += await self._store.evict(stored, list(stored.chunks), "asked")
+        return {
+            "freed_bytes": freed,
+            "in_use_files": in_use,
+            "uris": uris,
+            "origin": dataclasses.asdict(self._config.origin),
+        }
+
     async def _watch_engine(self, url: str) -> None:
         from modelfs.engine import Engine  # noqa: PLC0415 - few need it
 
@@ -323,6 +342,8 @@ class Worker:
             path = data.get("path")
             if command == "want" and isinstance(path, str):
                 return status.want(path)
+            if command == "evict" and isinstance(path, str):
+                return await self._evict(path)
             if command in {"verify", "verified"} and isinstance(path, str):
                 return self._verify(path, begin=command == "verify")
             return None

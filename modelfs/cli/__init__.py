@@ -23,6 +23,7 @@ COMMANDS = {
     "get": "bring files into a plain directory, without a mount",
     "push": "bring a model into a bucket",
     "ls": "show what a source holds, without a mount",
+    "evict": "remove local copies; with --remote the objects too",
     "verify": "compare local files with the digests of their publisher",
     "why": "say where the time of the last load went, and what to change",
     "doctor": "check this machine and say what to do",

@@ -9,7 +9,7 @@ export MODELFS_MINISTACK := $(CURDIR)/.venv-ministack/bin/ministack
 BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev pkg-config libfuse3-dev fuse3
 TEST_PACKAGES := radosgw ceph-osd ceph-mon ceph-common util-linux procps openssl nginx-light
 
-.PHONY: help setup servers demo test nightly soak check format bench bench-ttft bench-replay bench-ceiling test-engines test-places clean
+.PHONY: help setup servers demo test nightly soak check format bench bench-ttft bench-replay bench-ceiling bench-places test-engines test-places clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 16
@@ -91,6 +91,10 @@ bench: .venv/.ready servers .venv-peers/.ready ## reads of every kind beside rcl
 
 test-places: .venv/.ready servers .venv-azurite/.ready ## the tests of places whose emulator is heavy to install: Azure
 	@MODELFS_AZURITE=$(CURDIR)/.venv-azurite/node_modules/.bin/azurite-blob .venv/bin/pytest -m places
+
+bench-places: .venv/.ready servers .venv-peers/.ready .venv-azurite/.ready ## every place: what it can do, and its speed beside its own tool
+	@.ci/system-packages swift-proxy swift-account swift-container swift-object memcached curl
+	@MODELFS_AZURITE=$(CURDIR)/.venv-azurite/node_modules/.bin/azurite-blob .venv/bin/python -m bench.places $(PLACES)
 
 test-engines: .venv/.ready servers .venv-engines/.ready ## real engines read from the mount (heavy: gigabytes to install)
 	@MODELFS_ENGINE_PYTHON=$(CURDIR)/.venv-engines/bin/python .venv/bin/pytest -m engines -s tests/engines

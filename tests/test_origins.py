@@ -318,3 +318,32 @@ def test_a_checksum_kept_by_the_store_is_its_digest(ministack_store, new_bucket,
     setting.client.put_object(Bucket=setting.name, Key="k", Body=data, **{f"Checksum{algorithm.upper()}": value})
     expected = (algorithm, hasher.hexdigest(), "checksum of the store")
     assert published(origin(setting.name), listed(setting, "k")) == expected
+
+
+def test_etags_without_quotes_are_the_same_ones(monkeypatch):
+    """As ``rclone serve s3`` lists them."""
+
+    class Unquoted(Quiet):
+        def respond(self):
+            if "list-type" in self.path:
+                self.answer(
+                    b"<ListBucketResult><Contents><Key>k</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+                    b"<ETag>abc</ETag><Size>4</Size></Contents></ListBucketResult>"
+                )
+                return
+            asked.append(self.headers["If-Match"])
+            self.send_response(200)
+            for name, value in {"Content-Length": "4", "ETag": '"abc"', "Content-Range": "bytes 0-3/4"}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(b"data")
+
+    asked = []
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    with served(Unquoted) as url:
+        made = origin("bucket", endpoint_url=url)
+        info = next(iter(made.list("")))
+        sink = Collect()
+        made.read_into(info, ByteRange(0, 4), sink)
+    assert (bytes(sink.data), asked) == (b"data", ['"abc"'])

@@ -33,6 +33,7 @@ from modelfs.errors import (
     TransientOriginError,
 )
 from modelfs.origins import Count
+from modelfs.origins.body import quoted
 from modelfs.origins.web import HttpOrigin, StatusError
 from modelfs.source import Source
 
@@ -96,7 +97,7 @@ class AzOrigin(HttpOrigin):
         for blob in self._persist(ask, prefix):
             if not (blob.metadata or {}).get("hdi_isfolder"):  # of a hierarchical account
                 seconds = int(blob.last_modified.timestamp())
-                yield ObjectInfo(ObjectId(self.name, blob.name, _quoted(blob.etag)), blob.size, seconds * 10**9)
+                yield ObjectInfo(ObjectId(self.name, blob.name, quoted(blob.etag)), blob.size, seconds * 10**9)
 
     def get_small(self, key: str, limit: int) -> bytes | None:
         """See ``Origin.get_small``."""
@@ -113,7 +114,7 @@ class AzOrigin(HttpOrigin):
             return self._service.get_blob_client(self._container, info.id.key).get_blob_properties()
 
         found = self._persist(ask, info.id.key)
-        if _quoted(found.etag) != info.id.version:
+        if quoted(found.etag) != info.id.version:
             raise ObjectChangedError(f"{self._where(info.id.key)} was overwritten", "open it again")
         value = found.content_settings.content_md5
         return Digest("md5", bytes(value).hex(), "checksum of the store") if value else None
@@ -174,7 +175,3 @@ class AzOrigin(HttpOrigin):
         if isinstance(error, AzureError):
             return TransientOriginError(f"the connection broke while listing {self._where(key)}")
         return super()._translate(error, key)
-
-
-def _quoted(etag: str) -> str:
-    return etag if etag.startswith('"') else f'"{etag}"'

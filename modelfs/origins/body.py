@@ -136,3 +136,8 @@ def check_range(where: str, span: ByteRange, size: int, content_range: str | Non
         raise TransientOriginError(f"{where}: asked for '{expected}', the store sent '{content_range}'")
     if length not in {None, len(span)}:
         raise TransientOriginError(f"{where}: asked for {len(span)} bytes, the store announced {length}")
+
+
+def quoted(etag: str) -> str:
+    """Return an ETag in its quotes, which some stores leave out in listings (rclone serve s3, Azure)."""
+    return etag if etag.startswith(('"', "W/")) else f'"{etag}"'

@@ -37,7 +37,7 @@ from modelfs.errors import (
     WrongRegionError,
 )
 from modelfs.origins import Count, Sink
-from modelfs.origins.body import BROKEN, CONNECT_SECONDS, INACTIVITY_SECONDS, MAX_CONNECTIONS, check_range
+from modelfs.origins.body import BROKEN, CONNECT_SECONDS, INACTIVITY_SECONDS, MAX_CONNECTIONS, check_range, quoted
 from modelfs.origins.retry import RetryingOrigin
 from modelfs.source import Source
 
@@ -139,7 +139,7 @@ class S3Origin(RetryingOrigin):
                 raise OriginError(f"bucket '{self._bucket}': the store broke off its listing", "check --endpoint-url")
 
     def _info(self, item: dict[str, Any]) -> ObjectInfo:
-        version = str(item["ETag"])
+        version = quoted(str(item["ETag"]))
         if item.get("VersionId", "null") != "null":  # null: put before the bucket kept versions
             version += f"{_VERSION_ID}{item['VersionId']}"
         seconds = int(item["LastModified"].timestamp())
@@ -200,7 +200,7 @@ class S3Origin(RetryingOrigin):
             return answer
 
         answer = self._persist(ask, info.id.key)
-        if answer.get("ETag") != etag_of(info):
+        if quoted(answer.get("ETag", "")) != etag_of(info):
             raise ObjectChangedError(f"{self._where(info.id.key)} was overwritten", "open it again")
         for algorithm in ALGORITHMS:
             # Of an object uploaded in parts there may be a sum over the parts' sums instead: it ends in their number.
@@ -226,7 +226,7 @@ class S3Origin(RetryingOrigin):
     def _check(self, answer: dict[str, Any], info: ObjectInfo, span: ByteRange) -> None:
         """Make sure the answer is the range and the version asked for."""
         where = self._where(info.id.key)
-        if answer.get("ETag") not in {None, etag_of(info)}:
+        if "ETag" in answer and quoted(answer["ETag"]) != etag_of(info):
             raise ObjectChangedError(f"{where} was overwritten", "open it again to read the new version")
         check_range(where, span, info.size, answer.get("ContentRange"), answer.get("ContentLength"))
 

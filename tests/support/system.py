@@ -141,7 +141,8 @@ class System:
         while True:
             await trio.sleep(0.05)
             async with self.store._commit_lock:
-                if not (self.fetch.busy or self.verification._wanted or self.verification._current):
+                evicting = any(stored.evicting for stored in self.store._objects.values())  # half out of the books
+                if not (evicting or self.fetch.busy or self.verification._wanted or self.verification._current):
                     return
 
 

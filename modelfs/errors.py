@@ -127,6 +127,10 @@ class CacheError(ModelfsError):
     exit_code = 8
 
 
+class CacheBusyError(CacheError):
+    """Another process is using the cache directory."""
+
+
 class IntegrityError(ModelfsError):
     """A file's bytes are not those that its publisher has signed for."""
 

@@ -28,7 +28,7 @@ import trio
 from modelfs.chunks import CHUNK_BYTES, MIB, PIECE_BYTES, ByteRange, ObjectInfo, chunks_of
 from modelfs.config import StoreConfig
 from modelfs.digests import Verdict
-from modelfs.errors import CacheError
+from modelfs.errors import CacheBusyError, CacheError
 from modelfs.logs import Seldom
 from modelfs.metrics import Metrics
 from modelfs.store import files
@@ -174,7 +174,7 @@ class Store:
         except BlockingIOError:
             other = os.pread(descriptor, 500, 0).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
-            raise CacheError(
+            raise CacheBusyError(
                 f"cache directory {self.directory} is in use by {other}", "give this mount its own --cache-dir"
             ) from None
         with contextlib.suppress(OSError):  # on a full disk the lock holds all the same

@@ -6,6 +6,7 @@ is imported only when asked for, so that a supervisor carries no SDK.
 
 import argparse
 import importlib
+import keyword
 import os
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ COMMANDS = {
     "get": "bring files into a plain directory, without a mount",
     "push": "bring a model into a bucket",
     "ls": "show what a source holds, without a mount",
+    "import": "read another tool's configuration as one of ours",
     "evict": "remove local copies; with --remote the objects too",
     "verify": "compare local files with the digests of their publisher",
     "why": "say where the time of the last load went, and what to change",
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, text in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
         if name == chosen:
-            module = importlib.import_module(f"modelfs.cli.{name}")
+            module = importlib.import_module(f"modelfs.cli.{name}{'_' * keyword.iskeyword(name)}")
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)
     trailing: list[str] = []

@@ -21,6 +21,7 @@ from modelfs.chunks import MIB, ByteRange, ObjectInfo, Step
 from modelfs.config import Config, Size, StoreConfig
 from modelfs.digests import BAD, VERIFIED, Digest
 from modelfs.errors import CacheError, IntegrityError, ModelfsError, OriginError, ReadTimeoutError
+from modelfs.eviction import Eviction
 from modelfs.fetch import Fetch, PlanItem, default_budget
 from modelfs.memory import Memory, available_memory
 from modelfs.metrics import Metrics
@@ -126,6 +127,7 @@ class Local:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.store.run)
                 await nursery.start(self.fetch.run)
+                await nursery.start(Eviction(store=self.store, on_room=self.fetch.poke).run)
                 await nursery.start(self._verification.run)
                 yield self
                 nursery.cancel_scope.cancel()
@@ -145,8 +147,10 @@ class Local:
             ModelfsError: A file cannot be had, or nothing came for as long as a read would wait.
         """
         stored = [self.store.object(file.info) for file in self.files()]
-        self._check_room(sum(one.info.size - one.resident_bytes for one in stored))
         total = sum(one.info.size for one in stored)
+        self._check_room(total)
+        for one in stored:
+            self.store.acquire(one)  # room is made by others' files, never by these
         for one in stored:
             if not one.complete:
                 rank = RANK_SMALL if one.info.size <= SMALL_BYTES else RANK_WEIGHTS
@@ -187,13 +191,12 @@ class Local:
                 "check the network, or raise --read-timeout",
             )
 
-    def _check_room(self, missing: int) -> None:
-        room = os.statvfs(self.store.directory)
-        free = room.f_bavail * room.f_frsize
-        if missing > free:
+    def _check_room(self, total: int) -> None:
+        room = self.store.limit_bytes - self.store.headroom_bytes
+        if total > room:
             raise CacheError(
-                f"{missing // MIB} MiB are missing, the disk of {self.store.directory} has room for {free // MIB} MiB",
-                "free space, or leave files out with --include and --exclude",
+                f"{total // MIB} MiB do not fit into {self.store.directory}: there is room for {max(0, room) // MIB} MiB",
+                "free space, raise --cache-size, or leave files out with --include and --exclude",
             )
 
     async def verify(self, show: Show) -> None:

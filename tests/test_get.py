@@ -127,6 +127,18 @@ def test_filters_and_errors(get, tmp_path):
     assert "cannot be used" in get(into=tmp_path / "file" / "below", expect=8)
 
 
+def test_no_room_is_said_at_once_and_others_make_it(get, bucket, tmp_path):
+    cache = ("--cache-dir", str(tmp_path / "cache"), "--min-free", "0B", "--max-memory", "32MiB")
+    assert "do not fit into" in get(*cache, "--cache-size", "48MiB", into=None, expect=8)
+    for number in range(2):
+        bucket.put(f"other/{number}/model.safetensors", random.Random(number).randbytes(4 * CHUNK_BYTES))
+    limited = (*cache, "--cache-size", "112MiB")
+    get(*limited, into=None, source=bucket.uri("other/"))
+    get(*limited, into=None)
+    assert get(*limited, into=None)["fetched_bytes"] == 0
+    assert get(*limited, into=None, source=bucket.uri("other/"))["fetched_bytes"] > 0
+
+
 def test_hostile_key_cannot_write_into_the_store(get, bucket):
     bucket.put("m/.modelfs/placed.json", b"hostile")
     bucket.put("m/../../escaped", b"hostile")

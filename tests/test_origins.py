@@ -347,3 +347,23 @@ def test_etags_without_quotes_are_the_same_ones(monkeypatch):
         sink = Collect()
         made.read_into(info, ByteRange(0, 4), sink)
     assert (bytes(sink.data), asked) == (b"data", ['"abc"'])
+
+
+def test_version_that_a_versioned_bucket_has_lost(monkeypatch):
+    """No server here forgets versions by itself: the store's answer is the documented one."""
+
+    class Forgotten(Quiet):
+        def respond(self):
+            body = b"<Error><Code>NoSuchVersion</Code><Message>gone</Message></Error>"
+            self.send_response(404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    with served(Forgotten) as url:
+        made = origin("bucket", endpoint_url=url, pin_versions=True)
+        info = ObjectInfo(ObjectId(made.name, "k", '"abc"?versionId=7'), 4, 0)
+        with pytest.raises(ObjectNotFoundError, match="does not exist any more"):
+            made.read_into(info, ByteRange(0, 4), Collect())

@@ -104,6 +104,20 @@ def test_a_worker_that_runs_out_of_memory_is_replaced(bucket, mounted):
     assert "Traceback" not in mount.log
 
 
+def test_index_on_a_disk_that_cannot_be_read_any_more(bucket, mounted):
+    """It is a mapped file: a page that cannot be read ends the worker by SIGBUS, and would end the next one."""
+    data = bucket.put("m/model.bin", random.Random(10).randbytes(3 * CHUNK_BYTES))
+    mount = mounted(bucket, "--prefetch", "off", prefix="m/")
+    with (mount.path / "model.bin").open("rb", buffering=0) as file:
+        assert file.read(1000) == data[:1000]
+        os.kill(mount.worker_pid(), signal.SIGBUS)
+        assert os.pread(file.fileno(), 1000, 2 * CHUNK_BYTES) == data[2 * CHUNK_BYTES :][:1000]
+    assert (mount.path / "model.bin").read_bytes() == data
+    assert "killed by SIGBUS" in mount.log
+    assert "the mount goes on without its cache" in mount.log
+    assert mount.status()["cache"]["skipped_chunks"]["disk_error"] > 0
+
+
 @pytest.mark.parametrize("stop", ["record", "write"])
 def test_killed_between_data_and_index(bucket, mounted, stop, tmp_path):
     """The worker ends right after the data is durable and before the index knows, or in the middle of the data."""

@@ -195,7 +195,7 @@ class Local:
         room = self.store.limit_bytes - self.store.headroom_bytes
         if total > room:
             raise CacheError(
-                f"{total // MIB} MiB do not fit into {self.store.directory}: there is room for {max(0, room) // MIB} MiB",
+                f"{total // MIB} MiB do not fit into {self.store.directory}: it may hold {max(0, room) // MIB} MiB",
                 "free space, raise --cache-size, or leave files out with --include and --exclude",
             )
 

@@ -96,7 +96,8 @@ class Worker:
         self._sources = Sources(config, self._metrics, self._processes)
         with self._open_store(f"modelfs mount at {config.mountpoint}", budget) as store:
             self._store = store
-            self._view = View(store, self._sources.tree(await self._first_listings()))
+            self._listings = await self._first_listings()
+            self._view = View(store, self._sources.tree(self._listings))
             prefetching = config.fetch.prefetch != "off"
             self._fetch = Fetch(
                 store=store,
@@ -197,18 +198,24 @@ class Worker:
             with trio.move_on_after(interval):
                 await self._refresh_wanted.wait()
             self._refresh_wanted = trio.Event()
-            try:
-                listings = await self._sources.refresh(self._store)
-            except OriginError as error:
-                log.warning("the listing could not be refreshed, the last one stays: %s", error)
-            else:
-                tree = self._sources.tree(listings)
-                if tree.nodes.keys() != self._view.tree.nodes.keys():
-                    log.info("the listing changed: %d files", tree.file_count)
-                    self._view.tree = tree
-                    self._prefetch.start(tree)
-                    self._verification.look_again()
+            await self._refresh()
             await trio.sleep(_REFRESH_PAUSE_SECONDS)
+
+    async def _refresh(self) -> None:
+        try:
+            listings = await self._sources.refresh(self._store)
+        except OriginError as error:
+            log.warning("the listing could not be refreshed, the last one stays: %s", error)
+            return
+        if all(now is before for now, before in zip(listings, self._listings, strict=True)):
+            return
+        self._listings = listings
+        tree = self._sources.tree(listings)
+        if tree.nodes.keys() != self._view.tree.nodes.keys():
+            log.info("the listing changed: %d files", tree.file_count)
+            self._view.tree = tree
+            self._prefetch.start(tree)
+            self._verification.look_again()
 
     # -- serving ------------------------------------------------------------------------------------
 

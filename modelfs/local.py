@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import stat
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -39,6 +40,10 @@ log = logging.getLogger(__name__)
 
 PLACED_NAME = "placed.json"
 """In the store: which names in the directory are whose."""
+RECORD_NAME = "model.json"
+"""In the store: what ``ModelCache`` calls it; there only while all names are of one listing."""
+ROUNDS = 3
+"""How often files that a disk has damaged are fetched again."""
 _POLL_SECONDS = 0.1
 
 
@@ -116,8 +121,11 @@ class Local:
         return await trio.to_thread.run_sync(origin.digest, info) if origin else None
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator["Local"]:
+    async def running(self, *, evicts: bool) -> AsyncIterator["Local"]:
         """List the sources, and run engine and store while in the block.
+
+        Args:
+            evicts: Other sources' files may make room. Not where files have names beside the store: these are links.
 
         Raises:
             OriginError: A listing failed.
@@ -127,7 +135,8 @@ class Local:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.store.run)
                 await nursery.start(self.fetch.run)
-                await nursery.start(Eviction(store=self.store, on_room=self.fetch.poke).run)
+                if evicts:
+                    await nursery.start(Eviction(store=self.store, on_room=self.fetch.poke).run)
                 await nursery.start(self._verification.run)
                 yield self
                 nursery.cancel_scope.cancel()
@@ -148,10 +157,9 @@ class Local:
         """
         stored = [self.store.object(file.info) for file in self.files()]
         total = sum(one.info.size for one in stored)
-        self._check_room(total)
+        self._check_room(total, sum(one.resident_bytes for one in stored))
         for one in stored:
-            self.store.acquire(one)  # room is made by others' files, never by these
-        for one in stored:
+            self.store.touch(one, range(0))  # room is made by what was used before these
             if not one.complete:
                 rank = RANK_SMALL if one.info.size <= SMALL_BYTES else RANK_WEIGHTS
                 self.fetch.submit([PlanItem(one.info, ByteRange(0, one.info.size))], rank)
@@ -191,9 +199,9 @@ class Local:
                 "check the network, or raise --read-timeout",
             )
 
-    def _check_room(self, total: int) -> None:
+    def _check_room(self, total: int, there: int) -> None:
         room = self.store.limit_bytes - self.store.headroom_bytes
-        if total > room:
+        if there < total > room:
             raise CacheError(
                 f"{total // MIB} MiB do not fit into {self.store.directory}: it may hold {max(0, room) // MIB} MiB",
                 "free space, raise --cache-size, or leave files out with --include and --exclude",
@@ -224,6 +232,11 @@ class Local:
             )
         log.info("%d files verified, of %d", report["counts"][VERIFIED], sum(report["counts"].values()))
 
+    @property
+    def complete(self) -> bool:
+        """Whether every byte of every file is in the store."""
+        return all(self.store.object(file.info).complete for file in self.files())
+
     # -- the directory ------------------------------------------------------------------------------
 
     async def place(self, directory: Path) -> int:
@@ -234,58 +247,104 @@ class Local:
         """
         files = {file.path: file.info for file in self.files()}
         try:
-            names, gone = await trio.to_thread.run_sync(self._place_sync, directory, files)
+            gone, named = await trio.to_thread.run_sync(self._place_sync, directory, files)
         except OSError as error:
             raise CacheError(
                 f"{error.filename or directory} cannot be written ({error.strerror})", "choose another directory"
             ) from error
-        for number in gone:
+        for number in self.store.numbers() - named:
             stored = self.store.evictable(number)
             if stored is not None:
                 await self.store.evict(stored, list(stored.chunks), "replaced", force=True)
-        return names
+        return gone
 
-    def _place_sync(self, directory: Path, files: dict[str, ObjectInfo]) -> tuple[int, list[int]]:
-        """Link; return how many names were taken away, and the numbers of objects that have none any more."""
-        record = self.store.directory / PLACED_NAME
-        before: dict[str, int] = json.loads(record.read_text()) if record.exists() else {}
-        mask = os.umask(0)
-        os.umask(mask)
-        for path, info in files.items():
-            _link(self.store.data_path(info), directory / path, info.size, 0o666 & ~mask)
-        lost = before.keys() - files.keys()
+    def _place_sync(self, directory: Path, files: dict[str, ObjectInfo]) -> tuple[int, set[int]]:
+        """Link; return how many names were taken away, and the numbers of objects that have one.
+
+        The record has old and new names until all are made: whoever comes after a crash knows which are ours.
+        """
+        home = self.store.directory
+        before, now = _read_record(home / PLACED_NAME), {path: info.number for path, info in files.items()}
+        new = [path for path, info in files.items() if not _is_link(directory / path, self.store.data_path(info), info)]
+        lost = [path for path in before if now.get(path) != before[path]]
+        if new or lost:
+            (home / RECORD_NAME).unlink(missing_ok=True)
+            _write_record(home / PLACED_NAME, {**now, **{path: before[path] for path in lost if path not in now}})
+        gone = 0
         for path in lost:
-            _unlink_ours(directory / path, self.store.data_directory / f"{before[path]:016x}")
-        now = {path: info.number for path, info in files.items()}
-        temporary = record.with_suffix(".new")
-        temporary.write_text(json.dumps(now))
-        temporary.rename(record)
-        return len(lost), sorted(set(before.values()) - set(now.values()))
+            if path not in now:
+                _unlink_ours(directory / path, self.store.data_directory / f"{before[path]:016x}")
+                gone += 1
+        mode = 0o666 & ~_umask()
+        for path in new:
+            _link(self.store.data_path(files[path]), directory, path, files[path].size, mode, home / "linked")
+        _write_record(home / PLACED_NAME, now)
+        return gone, set(now.values())
 
 
-def _link(data: Path, target: Path, size: int, mode: int) -> None:
-    """Make ``target`` a name of the data file, in one step."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not size:
-        if not target.exists() or target.stat().st_size:
-            temporary = target.with_name(f".{target.name[:200]}.modelfs")
-            temporary.write_bytes(b"")
-            temporary.rename(target)
-        return
-    if target.exists() and target.samefile(data):
-        return
-    data.chmod(mode)
-    temporary = target.with_name(f".{target.name[:200]}.modelfs")
+def _read_record(path: Path) -> dict[str, int]:
+    try:
+        found = json.loads(path.read_text())
+        return {str(name): int(number) for name, number in found.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}  # the first time, or broken off: what is ours is found again by its link
+
+
+def _write_record(path: Path, names: dict[str, int]) -> None:
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(names))
+    temporary.rename(path)
+
+
+def _umask() -> int:
+    """Return the process's umask; asking the system call for it would change it for other threads."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next((int(line.split()[1], 8) for line in lines if line.startswith("Umask:")), 0o022)
+
+
+def _is_link(target: Path, data: Path, info: ObjectInfo) -> bool:
+    """Return whether ``target`` is the file already, and not by way of a link that somebody made."""
+    try:
+        found = target.lstat()
+        if not info.size:
+            return stat.S_ISREG(found.st_mode) and not found.st_size
+        return os.path.samestat(found, data.lstat())
+    except OSError:
+        return False
+
+
+def _link(data: Path, directory: Path, path: str, size: int, mode: int, temporary: Path) -> None:
+    """Make ``path`` in ``directory`` a name of the data file, in one step; never through a link in between.
+
+    Raises:
+        CacheError: Something else stands in its way.
+    """
+    parent = directory
+    parent.mkdir(parents=True, exist_ok=True)
+    for part in path.split("/")[:-1]:
+        parent = parent / part
+        if parent.is_symlink() or (parent.exists() and not parent.is_dir()):
+            raise CacheError(f"{parent} is no directory", "remove it, or choose another directory")
+        parent.mkdir(exist_ok=True)
     temporary.unlink(missing_ok=True)
-    temporary.hardlink_to(data)
-    temporary.rename(target)
+    if size:
+        data.chmod(mode)
+        temporary.hardlink_to(data)
+    else:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode))
+    temporary.rename(directory / path)
 
 
 def _unlink_ours(target: Path, data: Path) -> None:
-    """Remove a name that is still the data file's; what somebody else put there stays."""
-    with contextlib.suppress(FileNotFoundError):
-        if target.samefile(data):
-            target.unlink()
+    """Remove a name that is still the data file's, and directories that are empty without it; no more."""
+    try:
+        ours = os.path.samestat(target.lstat(), data.lstat())
+    except OSError:
+        return
+    if ours:
+        target.unlink()
+        with contextlib.suppress(OSError):
+            target.parent.rmdir()
 
 
 async def get(config: Config, directory: str | None, runs: int, processes: "Processes | None", show: Show) -> Result:
@@ -297,11 +356,16 @@ async def get(config: Config, directory: str | None, runs: int, processes: "Proc
     local = Local(config, runs, processes)
     failure: ModelfsError | None = None
     removed = 0
-    async with local.running():
+    async with local.running(evicts=directory is None):
         try:
-            await local.download(show)
-            if config.fetch.verify != "off":
-                await local.verify(show)
+            for _ in range(ROUNDS):
+                await local.download(show)
+                if config.fetch.verify != "off":
+                    await local.verify(show)
+                if local.complete:
+                    break
+            else:
+                raise CacheError(f"{local.store.directory} damages what is written to it", "check the disk")
             if directory is not None:
                 removed = await local.place(Path(directory))
         except ModelfsError as error:

@@ -57,6 +57,7 @@ class Sources:
         self._origins: dict[str, Origin] = {}
         self._fallbacks: dict[str, FallbackOrigin] = {}
         self._sums: dict[int, dict[str, str]] = {}
+        self._last: dict[Source, Listing] = {}
         for place in sorted({source.place for source in config.sources}):
             self.origin(place)
         count = lambda result: metrics.fallback_runs.labels(result=result).inc()  # noqa: E731
@@ -151,12 +152,16 @@ class Sources:
             raise ObjectNotFoundError(f"{source.uri} is being written", "wait for modelfs push, or run it again")
         if hidden:
             log.warning("%d files of %s are not shown: they are being written", hidden, source.uri)
+        last = self._last.get(source)
+        if last is not None and last.objects == tuple(objects):
+            return last  # the same objects, and not a second copy of each
         if store is not None:
             try:
                 await store.save_listing(self._saved_name(source), objects)
             except (OSError, lmdb.Error) as error:
                 log.warning("the listing cannot be kept for a restart: %s", error)
-        return self._listing(source, objects)
+        self._last[source] = self._listing(source, objects)
+        return self._last[source]
 
     def _list_sync(self, source: Source) -> list[ObjectInfo]:
         """Return the objects of both places of a source; of those in both, the first's."""

@@ -147,11 +147,12 @@ class Verification:
         """Hash every complete file under ``path`` soon; with ``anew`` also what has been judged already."""
         for file in self._tree().under(path):
             stored = self._store.object(file.info)
-            judged = stored.sound and stored.verdict is not None and stored.verdict.state != BAD
-            if stored.complete and (anew or not judged):
+            state = stored.verdict.state if stored.verdict is not None and stored.sound else ""
+            if stored.complete and (anew or state != VERIFIED):
                 self._refetched.discard(file.info.number)
                 self._damaged.discard(file.info.number)
-                self._want(stored, asked=True, anew=True)
+                # Where no digest was known there may be one now; without, nothing is hashed.
+                self._want(stored, asked=True, anew=anew or state != UNKNOWN)
 
     def look_again(self) -> None:
         """Look through all files when it is quiet: digests may have been added or mended."""

@@ -27,7 +27,7 @@ import trio
 
 from modelfs.chunks import CHUNK_BYTES, MIB, PIECE_BYTES, ByteRange, ObjectInfo, chunks_of
 from modelfs.config import StoreConfig
-from modelfs.digests import Verdict
+from modelfs.digests import BAD, Verdict
 from modelfs.errors import CacheBusyError, CacheError
 from modelfs.logs import Seldom
 from modelfs.metrics import Metrics
@@ -85,6 +85,7 @@ class StoredObject:
     changes: int = 0
     descriptor: int = -1
     lower: Path | None = None
+    lower_mtime_ns: int = 0
     evicting: set[int] = field(default_factory=set)
     resident_bytes: int = 0
 
@@ -243,10 +244,9 @@ class Store:
 
     def _load(self, info: ObjectInfo) -> StoredObject:
         row = self._index.object(info.number)
-        known = row is not None and row.info.id == info.id and row.info.size == info.size
-        if (row is None or not known or row.resident < info.size) and (found := self._load_lower(info)) is not None:
+        if row is None and (found := self._load_lower(info)) is not None:
             return found
-        if row is None or not known:
+        if row is None or row.info.id != info.id or row.info.size != info.size:
             return StoredObject(info, OrderedDict())
         recorded = self._index.chunks(info.number)
         status = self._data_file_status(info)
@@ -267,17 +267,21 @@ class Store:
     def _load_lower(self, info: ObjectInfo) -> StoredObject | None:
         """Return an object that lies complete in the store below."""
         found = self._lower.find(info) if self._lower is not None and info.size else None
-        if found is None:
+        own = self._index.verdict(info.number)
+        if found is None or (own is not None and own.state == BAD):
             return None
-        path, sums, untouched, verdict = found
+        path, sums, mtime_ns, untouched, verdict = found
         chunks = OrderedDict((index, Chunk(one, 0, durable=True)) for index, one in sums.items())
         stored = StoredObject(info, chunks, resident_bytes=info.size, untouched=untouched, lower=path)
-        stored.verdict = verdict or self._index.verdict(info.number)
+        stored.lower_mtime_ns = mtime_ns
+        stored.verdict = verdict or own
         return stored
 
     def _leave_lower(self, stored: StoredObject) -> None:
         """Go on with an object in our own store: what lies below is damaged. Readers may still hold its descriptor."""
         log.error("%s below is damaged: fetched anew", stored.lower)
+        with contextlib.suppress(lmdb.Error):  # the next worker shall not begin with it again
+            self._index.save_verdict(stored.info.number, Verdict(BAD), None)
         if stored.descriptor >= 0:
             self._retired.append(stored.descriptor)
             stored.descriptor = -1
@@ -664,6 +668,10 @@ class Store:
         info = self.known_object(number)
         return self.object(info) if info is not None else None
 
+    def numbers(self) -> set[int]:
+        """Return the numbers of all objects in the index."""
+        return self._look_up(self._index.numbers) or set()
+
     def in_use(self) -> list[StoredObject]:
         """Return the objects that are open or downloading and hold chunks."""
         return [stored for stored in self._objects.values() if stored.users and stored.chunks]
@@ -681,6 +689,9 @@ class Store:
         if not stored.sound:
             return None
         try:
+            if stored.lower is not None and stored.lower.stat().st_mtime_ns != stored.lower_mtime_ns:
+                stored.untouched = False  # somebody has written to it since
+                return None
             return os.open(stored.lower or self.data_path(stored.info), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             log.warning("data file of %s cannot be opened: %s", stored.info.id.key, error.strerror)

@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 
 from modelfs import ModelCache
-from modelfs.errors import ModelfsError, ObjectNotFoundError
+from modelfs.errors import ConfigError, ModelfsError, ObjectNotFoundError
 
 
 @asynccontextmanager
@@ -39,6 +39,8 @@ def load(name: str, version: str, request: Request) -> dict[str, Any]:
         path = request.app.state.models.get(name, version)
     except ObjectNotFoundError as error:
         raise HTTPException(404, str(error)) from error
+    except ConfigError as error:
+        raise HTTPException(400, str(error)) from error
     except ModelfsError as error:
         raise HTTPException(502, str(error)) from error
     return {"path": str(path), "files": sorted(one.name for one in path.iterdir() if one.is_file())}
@@ -47,7 +49,10 @@ def load(name: str, version: str, request: Request) -> dict[str, Any]:
 @app.delete("/models/{name}/{version}")
 def unload(name: str, version: str, request: Request) -> dict[str, bool]:
     """Give the disk space back."""
-    return {"removed": request.app.state.models.evict(name, version)}
+    try:
+        return {"removed": request.app.state.models.evict(name, version)}
+    except ConfigError as error:
+        raise HTTPException(400, str(error)) from error
 
 
 @app.get("/cache/stats")

@@ -9,7 +9,9 @@ The methods block, for as long as a download takes: call them in a thread where 
 may share a directory: who comes second waits, and finds the model there.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import re
@@ -20,13 +22,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
+from urllib.parse import quote
 
 import trio
 
 from modelfs import config as configuration
 from modelfs.chunks import Step
 from modelfs.errors import CacheBusyError, ConfigError
-from modelfs.local import get, store_of
+from modelfs.local import RECORD_NAME, get, store_of
 from modelfs.metrics import Metrics
 from modelfs.origins.s3_target import S3Target
 from modelfs.parallel import start_processes
@@ -34,8 +37,6 @@ from modelfs.push import files_of, push
 from modelfs.source import parse_source
 from modelfs.store.files import STORE_NAME
 
-_RECORD = "model.json"
-"""In the store of a model that is complete: what it is called; its time of change is that of its last use."""
 _NAME = re.compile(r"[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*", re.ASCII)
 _WAIT_SECONDS = 0.2
 
@@ -97,7 +98,10 @@ class ModelCache:
         unknown = sorted(options.keys() - known)
         if unknown:
             raise ConfigError(f"unknown option '{unknown[0]}'", "use the names of modelfs get")
-        self._fields = {name for _, name, _, _ in Formatter().parse(source) if name is not None}
+        try:
+            self._fields = {name for _, name, _, _ in Formatter().parse(source) if name is not None}
+        except ValueError:
+            self._fields = set()
         if not {"name"} <= self._fields <= {"name", "version"}:
             raise ConfigError(f"'{source}' does not say where models lie", "write s3://BUCKET/{name}/{version}/")
         self._locks: dict[Path, threading.Lock] = {}
@@ -122,15 +126,16 @@ class ModelCache:
             lock = self._locks.setdefault(path, threading.Lock())
             self._gets += 1
         with lock:
-            record = path / STORE_NAME / _RECORD
-            if refresh or not record.exists():
+            if refresh or _recorded(path).get("uri") != uri:
                 self._fetch(uri, path)
-                record.write_text(json.dumps({"name": name, "version": version}))
+                about = {"name": name, "version": version, "uri": uri}
+                (path / STORE_NAME / RECORD_NAME).write_text(json.dumps(about))  # its time is that of the last use
             else:
                 with self._lock:
                     self._hits += 1
-            os.utime(record)
-        self._make_room(path)
+                os.utime(path / STORE_NAME / RECORD_NAME)
+            if self._max_bytes:
+                self._make_room(path)
         return path
 
     def _fetch(self, uri: str, path: Path) -> None:
@@ -165,12 +170,25 @@ class ModelCache:
         with self._lock:
             lock = self._locks.setdefault(path, threading.Lock())
         with lock:
-            if not path.exists():
-                return False
-            (path / STORE_NAME / _RECORD).unlink(missing_ok=True)  # from here on it is not complete
-            shutil.rmtree(path)
-            with self._lock:
-                self._evicted += 1
+            return self._remove(path)
+
+    def _remove(self, path: Path) -> bool:
+        """Remove a model that no other process is fetching; return whether it is gone through us."""
+        try:
+            descriptor = os.open(path / STORE_NAME / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            aside = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
+            path.rename(aside)
+        except OSError:
+            return False  # being fetched, or removed by somebody else
+        finally:
+            os.close(descriptor)
+        shutil.rmtree(aside, ignore_errors=True)
+        with self._lock:
+            self._evicted += 1
         return True
 
     def stats(self) -> CacheStats:
@@ -193,7 +211,7 @@ class ModelCache:
             raise ConfigError(
                 f"'{self._source}' needs {' and '.join(sorted(self._fields))}", "give just these to every call"
             )
-        path = self._directory / name.replace("/", "--") / (version.replace("/", "--") or "main")
+        path = self._directory / quote(name, safe="") / (quote(version, safe="") or "main")
         return path, self._source.format(name=name, version=version)
 
     def _config(self, uri: str, store: configuration.StoreConfig | None = None) -> configuration.Config:
@@ -202,29 +220,53 @@ class ModelCache:
 
     def _models(self) -> list[CachedModel]:
         found = []
-        for record in self._directory.glob(f"*/*/{STORE_NAME}/{_RECORD}"):
+        for record in self._directory.glob(f"*/*/{STORE_NAME}/{RECORD_NAME}"):
+            path = record.parent.parent
             try:
                 about, used = json.loads(record.read_text()), record.stat().st_mtime
-            except (OSError, ValueError):
+                sizes = [one.stat().st_size for one in path.rglob("*") if STORE_NAME not in one.parts and one.is_file()]
+                found.append(CachedModel(about["name"], about["version"], path, len(sizes), sum(sizes), used))
+            except (OSError, ValueError, KeyError):
                 continue  # being removed, or written
-            path = record.parent.parent
-            sizes = [one.stat().st_size for one in path.rglob("*") if STORE_NAME not in one.parts and one.is_file()]
-            found.append(CachedModel(about["name"], about["version"], path, len(sizes), sum(sizes), used))
         return found
 
     def _make_room(self, keep: Path) -> None:
-        """Remove the models used least recently while there is too much."""
-        if not self._max_bytes:
-            return
+        """Remove the models used least recently while there is too much; not one that is being fetched or used now."""
         models = sorted(self._models(), key=lambda model: model.used)
         excess = sum(model.size_bytes for model in models) - self._max_bytes
         for model in models:
-            if excess > 0 and model.path != keep and self.evict(model.name, model.version):
-                excess -= model.size_bytes
+            if excess <= 0:
+                return
+            with self._lock:
+                lock = self._locks.setdefault(model.path, threading.Lock())
+            if model.path == keep or not lock.acquire(blocking=False):
+                continue
+            try:
+                if self._remove(model.path):
+                    excess -= model.size_bytes
+            finally:
+                lock.release()
+
+
+def _recorded(path: Path) -> dict[str, str]:
+    """Return what a complete model is, or nothing."""
+    try:
+        found: dict[str, str] = json.loads((path / STORE_NAME / RECORD_NAME).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def _try_get(config: configuration.Config, path: Path) -> int | None:
     """Fetch a model; return the bytes that came over the network, or ``None`` while another process is at it."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path / STORE_NAME / "lock", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None  # known before anything is started for it
+        finally:
+            os.close(descriptor)
     runs, processes = start_processes(config)
     try:
         return trio.run(get, config, str(path), runs, processes, _quiet).fetched_bytes

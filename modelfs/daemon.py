@@ -211,9 +211,10 @@ class Worker:
             return
         self._listings = listings
         tree = self._sources.tree(listings)
-        if tree.nodes.keys() != self._view.tree.nodes.keys():
+        changed = tree.nodes.keys() != self._view.tree.nodes.keys()
+        self._view.tree = tree
+        if changed:
             log.info("the listing changed: %d files", tree.file_count)
-            self._view.tree = tree
             self._prefetch.start(tree)
             self._verification.look_again()
 

@@ -66,7 +66,7 @@ def _entries(document: dict[str, Any], key: str, path: str) -> list[Any]:
 def _truss_cache(entry: Any, path: str) -> dict[str, Any]:  # noqa: ANN401
     table = entry if isinstance(entry, dict) else {"repo_id": entry}
     kind = table.get("kind", "hf")
-    if kind not in _KINDS or not isinstance(table.get("repo_id"), str):
+    if not isinstance(kind, str) or kind not in _KINDS or not isinstance(table.get("repo_id"), str):
         raise ConfigError(
             f"{path}: a model_cache entry of kind '{kind}' cannot be read", "write its source by hand, see README.md"
         )
@@ -107,10 +107,13 @@ def to_toml(sources: tuple[Source, ...]) -> str:
     lines = []
     for source in sources:
         plain = dataclasses.replace(source, revision="")
-        lines += ["[[sources]]", f"uri = {json.dumps(plain.uri)}"]
-        lines += [f"{key} = {json.dumps(value)}" for key in ("name", "revision") if (value := getattr(source, key))]
-        lines += [
-            f"{key} = {json.dumps(list(value))}" for key in ("include", "exclude") if (value := getattr(source, key))
-        ]
+        lines += ["[[sources]]", f"uri = {_toml(plain.uri)}"]
+        lines += [f"{key} = {_toml(value)}" for key in ("name", "revision") if (value := getattr(source, key))]
+        lines += [f"{key} = {_toml(list(value))}" for key in ("include", "exclude") if (value := getattr(source, key))]
         lines.append("")
     return "\n".join(lines)
+
+
+def _toml(value: object) -> str:
+    """Return a string or a list of strings; JSON writes them as TOML does, but for characters beyond 16 bits."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

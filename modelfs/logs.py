@@ -33,7 +33,7 @@ def setup_logging(level: str, form: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for noisy in _NOISY:
         # Their debug lines hold signed headers.
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+        logging.getLogger(noisy).setLevel(logging.CRITICAL if noisy == "gcsfs" else logging.ERROR)
 
 
 class Seldom:

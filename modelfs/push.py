@@ -7,19 +7,21 @@ run again: what has arrived is left as it is.
 
 import hashlib
 import json
+import lzma
 import os
 import stat
 import tarfile
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NoReturn
 
 from modelfs.chunks import MIB, Step
-from modelfs.errors import ConfigError
+from modelfs.errors import ConfigError, OriginError
 from modelfs.origins.s3_target import S3Target
 from modelfs.sources import MARKER
 from modelfs.store.files import STORE_NAME
@@ -54,6 +56,7 @@ class _Count:
     def __init__(self) -> None:
         self._lock = Lock()
         self.value = 0
+        self.stopped = False
 
     def add(self, count: int) -> None:
         with self._lock:
@@ -67,39 +70,61 @@ def files_of(directory: Path) -> dict[str, Path]:
         ConfigError: There is none, or one cannot be read.
     """
     found: dict[str, Path] = {}
-    for top, directories, names in os.walk(directory, followlinks=True):
+    for top, directories, names in os.walk(directory, followlinks=True, onerror=_unreadable):
         directories[:] = [name for name in directories if name not in {STORE_NAME, ".git"}]
         for name in names:
             path = Path(top, name)
             relative = path.relative_to(directory).as_posix()
             try:
-                if name not in {MARKER, SUMS_NAME} and stat.S_ISREG(path.stat().st_mode):
-                    found[relative] = path
+                if relative == SUMS_NAME or name == MARKER or not stat.S_ISREG(path.stat().st_mode):
+                    continue
             except OSError as error:
-                raise ConfigError(f"{path} cannot be read ({error.strerror})", "remove or mend it") from error
-    if not found:
-        raise ConfigError(f"there is no file in {directory}", "name a directory with a model")
+                _unreadable(error)
+            _check_name(relative)
+            found[relative] = path
     return found
 
 
+def _unreadable(error: OSError) -> NoReturn:
+    raise ConfigError(f"{error.filename} cannot be read ({error.strerror})", "remove or mend it") from error
+
+
+def _check_name(relative: str) -> None:
+    """Raise if a name cannot be an object's, or would be another one's in a list of sums."""
+    try:
+        relative.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{relative!r} is no text", "rename it: object keys are UTF-8") from None
+    if relative != relative.strip() or relative.startswith("*") or len(relative.splitlines()) != 1:
+        raise ConfigError(f"{relative!r} cannot stand in {SUMS_NAME}", "rename it")
+
+
 def unpack(archive: Path, target: Path) -> None:
-    """Unpack a tar archive; nothing in it can lead out of ``target``, and only files and directories are taken.
+    """Unpack a tar archive; nothing in it can lead out of ``target``, and no device is made.
 
     Raises:
         ConfigError: It is no archive, or a hostile one.
     """
     try:
         with tarfile.open(archive) as opened:
-            opened.extractall(target, filter=_only_files)
-    except (tarfile.TarError, EOFError, OSError) as error:
+            opened.extractall(target, filter="data")
+            _check_end(opened)
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise ConfigError(
-            f"{archive} cannot be unpacked ({error})", "check the archive, and the room in TMPDIR"
+            f"{archive} cannot be unpacked ({error})", "check the archive, and the room in the cache directory"
         ) from error
 
 
-def _only_files(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
-    checked = tarfile.data_filter(member, path)
-    return checked if checked.isreg() or checked.isdir() else None
+def _check_end(opened: tarfile.TarFile) -> None:
+    """Raise if an archive ends early, or its compression says that it is damaged: that is known at its end alone."""
+    stream: Any = opened.fileobj
+    stream.seek(opened.offset)
+    if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError("damaged in the middle")
+    if stream.tell() == opened.offset:
+        raise tarfile.ReadError("cut off")
+    while stream.read(_BLOCK_BYTES):
+        pass
 
 
 def push(files: dict[str, Path], target: S3Target, prefix: str, show: Show, *, delete: bool = False) -> Result:
@@ -113,8 +138,11 @@ def push(files: dict[str, Path], target: S3Target, prefix: str, show: Show, *, d
         delete: Remove what is under the prefix and not among the files.
 
     Raises:
+        ConfigError: There are no files, or one cannot be read or has changed meanwhile.
         OriginError: The bucket could not be written. What has arrived stays, hidden, for another try.
     """
+    if not files:
+        raise ConfigError("there is no file to push", "check the directory, --include and --exclude")
     total = sum(path.stat().st_size for path in files.values())
     sums = _sums(files, total, show)
     text = "".join(f"{sums[name]}  {name}\n" for name in sorted(files)).encode()
@@ -142,10 +170,13 @@ def _sums(files: dict[str, Path], total: int, show: Show) -> dict[str, str]:
 
     def hash_one(path: Path) -> str:
         hasher = hashlib.sha256()
-        with path.open("rb", buffering=0) as file:
-            while data := file.read(_BLOCK_BYTES):
-                hasher.update(data)
-                done.add(len(data))
+        try:
+            with path.open("rb", buffering=0) as file:
+                while (data := file.read(_BLOCK_BYTES)) and not done.stopped:
+                    hasher.update(data)
+                    done.add(len(data))
+        except OSError as error:
+            _unreadable(error)
         return hasher.hexdigest()
 
     with ThreadPoolExecutor(HASHERS) as pool:
@@ -163,6 +194,8 @@ def _send_all(files: dict[str, Path], sums: dict[str, str], target: S3Target, pr
 
         def tell(count: int, was_sent: bool) -> None:
             nonlocal own
+            if there.stopped:
+                raise OriginError("given up: another file could not be written")
             own += count if was_sent else 0
             there.add(count)
 
@@ -178,14 +211,17 @@ def _send_all(files: dict[str, Path], sums: dict[str, str], target: S3Target, pr
 
 def _watch(running: Sequence[Future[Any]], done: _Count, total: int, what: str, show: Show) -> None:
     """Show progress until all have ended; raise the first failure at once, and begin nothing more."""
-    while True:
-        failed = next((one for one in running if one.done() and one.exception() is not None), None)
-        if failed is not None:
-            for one in running:
-                one.cancel()
-            failed.result()
-        finished = all(one.done() for one in running)
-        show(what, Step(done.value, total, finished, done.value))
-        if finished:
-            return
-        time.sleep(_POLL_SECONDS)
+    try:
+        while True:
+            failed = next((one for one in running if one.done() and one.exception() is not None), None)
+            if failed is not None:
+                failed.result()
+            finished = all(one.done() for one in running)
+            show(what, Step(done.value, total, finished, done.value))
+            if finished:
+                return
+            time.sleep(_POLL_SECONDS)
+    finally:
+        done.stopped = True
+        for one in running:
+            one.cancel()

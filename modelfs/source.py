@@ -5,6 +5,7 @@ Pure: nothing here knows an object store.
 
 import dataclasses
 import difflib
+import posixpath
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +73,12 @@ def parse_source(text: str) -> Source:
     Raises:
         ConfigError: The text is not a source.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"source {text!r} is no text", "write it in UTF-8") from None
     match = re.fullmatch(r"(?:([^=:]+)=)?([a-z0-9+]+)://(.*)", text, re.DOTALL)
+    text = re.sub(r"(://)[^/@]*:[^/@]*@", r"\1...@", text).partition("?")[0]  # what may be a secret
     if not match:
         raise ConfigError(f"'{text}' is not a source", "write s3://BUCKET/PREFIX/ or NAME=s3://BUCKET/PREFIX/")
     name, scheme, rest = match[1] or "", match[2], match[3]
@@ -85,12 +91,22 @@ def parse_source(text: str) -> Source:
         form = _FORMS.get(scheme, f"{scheme}://BUCKET/PREFIX/")
         raise ConfigError(f"'{text}' has no valid {'repository' if scheme == 'hf' else 'bucket'} name", f"write {form}")
     bucket, prefix = parts[1], parts[3] or ""
-    unusable = any(part in {"", ".", ".."} or len(part.encode()) > 255 for part in name.split("/")) if name else False
-    if unusable or "\0" in text:
+    if scheme in {"http", "https"} and re.search("[?#]", rest):
+        raise ConfigError(f"'{text}' has a query", "name a directory that can be read without one")
+    if scheme == "file":
+        prefix = posixpath.normpath(f"/{prefix}").lstrip("/")
+    if not _usable(name) or "\0" in prefix:
         raise ConfigError(f"'{name}' cannot be the name of a directory", "choose another NAME=")
     if prefix and not prefix.endswith("/"):
         prefix += "/"
     return Source(bucket, prefix, name, scheme, parts[2] or "")
+
+
+def _usable(name: str) -> bool:
+    """Return whether a source's name can be a directory, or several below each other."""
+    return not name or not any(
+        part in {"", ".", ".."} or "\0" in part or len(part.encode()) > 255 for part in name.split("/")
+    )
 
 
 def name_sources(sources: list[Source], *, full: bool = False) -> tuple[Source, ...]:
@@ -110,6 +126,8 @@ def name_sources(sources: list[Source], *, full: bool = False) -> tuple[Source, 
         for source in sources
     ]
     for index, source in enumerate(named):
+        if not _usable(source.name):
+            raise ConfigError(f"{source.uri} cannot be the directory '{source.name}'", f"name it: NAME={source.uri}")
         for other in named[:index]:
             if other.name == source.name:
                 raise ConfigError(

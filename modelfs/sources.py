@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import lmdb
 import trio
 
-from modelfs.chunks import ObjectInfo
+from modelfs.chunks import ByteRange, ObjectInfo
 from modelfs.config import Config
 from modelfs.digests import Digest, is_sums_name, parse_sums
-from modelfs.errors import ObjectNotFoundError, OriginError
+from modelfs.errors import ModelfsError, ObjectNotFoundError, OriginError
 from modelfs.layout import INLINE
 from modelfs.metrics import Metrics
 from modelfs.origins import Origin
@@ -58,6 +58,7 @@ class Sources:
         self._fallbacks: dict[str, FallbackOrigin] = {}
         self._sums: dict[int, dict[str, str]] = {}
         self._last: dict[Source, Listing] = {}
+        self._listed: dict[tuple[Source, str], list[ObjectInfo]] = {}
         for place in sorted({source.place for source in config.sources}):
             self.origin(place)
         count = lambda result: metrics.fallback_runs.labels(result=result).inc()  # noqa: E731
@@ -102,7 +103,7 @@ class Sources:
 
     def _saved_name(self, source: Source) -> str:
         pinned = "?versions" if self._config.origin.pin_versions else ""
-        return f"{self._origins[source.place].name}/{source.prefix}{pinned}"
+        return f"{self._origins[source.place].name} {source.uri} {source.origin}{pinned}"
 
     def saved(self, store: Store) -> list[Listing]:
         """Return the last good listing of every source, or nothing."""
@@ -144,16 +145,19 @@ class Sources:
         return [listing for listing in listings if listing is not None]
 
     async def _list_one(self, source: Source, store: Store | None, limiter: trio.CapacityLimiter) -> Listing:
-        objects = await trio.to_thread.run_sync(self._list_sync, source, limiter=limiter)
+        try:
+            objects = await trio.to_thread.run_sync(self._list_sync, source, limiter=limiter)
+        except ModelfsError:
+            raise
+        except Exception as error:
+            # Servers answer what nobody foresees; the exception's text may hold what is secret.
+            raise OriginError(
+                f"{source.uri} cannot be listed ({type(error).__name__})", "see what its server answers"
+            ) from error
         if not objects:
             raise ObjectNotFoundError(f"there is no object under {source.uri}", "check the prefix")
-        objects, hidden = without_incomplete(objects)
-        if not objects:
-            raise ObjectNotFoundError(f"{source.uri} is being written", "wait for modelfs push, or run it again")
-        if hidden:
-            log.warning("%d files of %s are not shown: they are being written", hidden, source.uri)
         last = self._last.get(source)
-        if last is not None and last.objects == tuple(objects):
+        if last is not None and list(map(_all_of, last.objects)) == list(map(_all_of, objects)):
             return last  # the same objects, and not a second copy of each
         if store is not None:
             try:
@@ -167,17 +171,17 @@ class Sources:
         """Return the objects of both places of a source; of those in both, the first's."""
         origin = self._origins[source.place]
         if not source.origin:
-            return list(origin.list(source.prefix))
+            return self._complete(source, "", list(origin.list(source.prefix)))
         second = parse_source(source.origin)
         behind = self.origin(second.place)
-        ours, failure = self._objects(origin, source.prefix)
-        theirs, other_failure = self._objects(behind, second.prefix)
-        if failure is not None and not theirs:
+        ours, failure = self._objects(origin, source, "", source.prefix)
+        theirs, other_failure = self._objects(behind, source, source.origin, second.prefix)
+        if failure is not None and not (ours or theirs):
             raise failure
         if failure is not None or other_failure is not None:
             log.warning("%s has one place only now: %s", source.uri, failure or other_failure)
         known = {info.id.key.removeprefix(source.prefix): info for info in ours}
-        published = self._published(origin, ours)
+        published = self._published(origin, ours, failed=failure is not None)
         equal: dict[int, ObjectInfo] = {}
         for other in theirs:
             relative = other.id.key.removeprefix(second.prefix)
@@ -193,18 +197,39 @@ class Sources:
         self._fallbacks[source.place].pair(source.uri, Twins(behind, equal))
         return ours
 
-    def _objects(self, origin: Origin, prefix: str) -> tuple[list[ObjectInfo], OriginError | None]:
-        """Return what lies in one of two places, or why that is not known now.
+    def _objects(
+        self, origin: Origin, source: Source, place: str, prefix: str
+    ) -> tuple[list[ObjectInfo], OriginError | None]:
+        """Return what lies in one of two places; where that is not known now, what lay there last, and why.
 
         Raises:
             OriginError: Something is wrong that does not pass.
         """
         try:
-            return list(origin.list(prefix)), None
+            return self._complete(source, place, list(origin.list(prefix))), None
         except OriginError as error:
-            if not (error.retryable or isinstance(error, ObjectNotFoundError)):
+            if isinstance(error, ObjectNotFoundError):
+                return [], error
+            if not error.retryable:
                 raise
-            return [], error
+            return self._listed.get((source, place), []), error
+
+    def _complete(self, source: Source, place: str, objects: list[ObjectInfo]) -> list[ObjectInfo]:
+        """Leave out what is being written; what was complete there before stays in its place.
+
+        Raises:
+            ObjectNotFoundError: Everything is being written.
+        """
+        marked = tuple(info.id.key[: -len(MARKER)] for info in objects if info.id.key.rpartition("/")[2] == MARKER)
+        if marked:
+            before = [info for info in self._listed.get((source, place), []) if info.id.key.startswith(marked)]
+            kept = [info for info in objects if not info.id.key.startswith(marked)]
+            log.warning("%s: what is being written is not shown (%d files)", source.uri, len(objects) - len(kept))
+            objects = kept + before
+            if not objects:
+                raise ObjectNotFoundError(f"{source.uri} is being written", "wait for modelfs push, or run it again")
+        self._listed[source, place] = objects
+        return objects
 
     def _same(self, digest: Digest | None, origin: Origin, info: ObjectInfo) -> bool | None:
         """Return whether an object has this digest; ``None`` where that is not known."""
@@ -213,15 +238,19 @@ class Sources:
             return None
         return theirs.value == digest.value
 
-    def _published(self, origin: Origin, objects: list[ObjectInfo]) -> dict[str, Digest]:
+    def _published(self, origin: Origin, objects: list[ObjectInfo], *, failed: bool) -> dict[str, Digest]:
         """Return the digests in the lists of sums among ``objects``, by key; a list is read once per version."""
         found: dict[str, Digest] = {}
         for info in objects:
             directory, slash, name = info.id.key.rpartition("/")
             if is_sums_name(name) and info.size <= SUMS_LIMIT_BYTES:
+                if info.number not in self._sums and failed:
+                    continue  # it cannot be read now
                 if info.number not in self._sums:
-                    text = (origin.get_small(info.id.key, SUMS_LIMIT_BYTES) or b"").decode("utf-8", "replace")
-                    self._sums[info.number] = parse_sums(text)
+                    sink = _Text(info.size)
+                    if info.size:
+                        origin.read_into(info, ByteRange(0, info.size), sink)  # of this version, or not at all
+                    self._sums[info.number] = parse_sums(sink.data.decode("utf-8", "replace"))
                 for relative, value in self._sums[info.number].items():
                     found[f"{directory}{slash}{relative}"] = Digest("sha256", value, info.id.key)
         return found
@@ -242,10 +271,23 @@ class Sources:
         return tree
 
 
-def without_incomplete(objects: list[ObjectInfo]) -> tuple[list[ObjectInfo], int]:
-    """Leave out what lies in directories that are being written; return the rest, and how many were left out."""
-    marked = {info.id.key[: -len(MARKER)] for info in objects if info.id.key.rpartition("/")[2] == MARKER}
-    if not marked:
-        return objects, 0
-    kept = [info for info in objects if not info.id.key.startswith(tuple(marked))]
-    return kept, len(objects) - len(kept) - len(marked)
+class _Text:
+    """A sink that keeps a small file."""
+
+    def __init__(self, size: int) -> None:
+        self.data = bytearray(size)
+        self._filled = 0
+
+    def space(self) -> memoryview:
+        return memoryview(self.data)[self._filled :]
+
+    def advance(self, count: int) -> None:
+        self._filled += count
+
+    def connected(self, abort: object) -> None:
+        pass
+
+
+def _all_of(info: ObjectInfo) -> tuple[ObjectInfo, str]:
+    """Return what two listings are compared by: also where a version is found."""
+    return info, info.locator

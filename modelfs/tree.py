@@ -5,9 +5,9 @@ equal after a restart and a changed object is a new inode.
 
 Keys that cannot be a path are not shown, each counted under one reason:
 ``empty_part`` (a leading, doubled or trailing slash with data behind it), ``dot_part`` (``.`` or ``..``),
-``nul``, ``name_too_long`` (a part of more than 255 bytes), ``shadowed`` (a key that is also the prefix of
-another: the directory wins), ``filtered`` (include and exclude). An empty key that ends in a slash is a
-directory marker and shows as a directory.
+``nul``, ``not_text``, ``bad_size``, ``name_too_long`` (a part of more than 255 bytes), ``shadowed`` (a key that is
+also the prefix of another: the directory wins), ``filtered`` (include and exclude). An empty key that ends in a slash
+is a directory marker and shows as a directory.
 """
 
 import fnmatch
@@ -22,6 +22,7 @@ from modelfs.layout import as_hub_cache
 
 ROOT_INODE = 1
 NAME_MAX_BYTES = 255
+SIZE_MAX_BYTES = 2**60
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
@@ -61,11 +62,15 @@ class Directory:
 
     def walk(self) -> Iterable[File]:
         """Yield every file below, depth first, in natural order."""
-        for entry in self.entries.values():
-            if isinstance(entry, File):
+        stack = [iter(self.entries.values())]  # keys may nest deeper than calls
+        while stack:
+            entry = next(stack[-1], None)
+            if entry is None:
+                stack.pop()
+            elif isinstance(entry, File):
                 yield entry
             else:
-                yield from entry.walk()
+                stack.append(iter(entry.entries.values()))
 
 
 Node = File | Directory
@@ -132,7 +137,7 @@ class Tree:
             if not marker and info.size:
                 self._skip("empty_part", info.id.key)
             return None
-        reason = _reason_to_skip(path.split("/"))
+        reason = _reason_to_skip(path.split("/")) if 0 <= info.size <= SIZE_MAX_BYTES else "bad_size"
         if reason is None and not marker and not all(shown(path) for shown in filters):
             reason = "filtered"
         if reason is not None:
@@ -215,8 +220,11 @@ def _reason_to_skip(parts: list[str]) -> str | None:
             return "dot_part"
         if "\0" in part:
             return "nul"
-        if len(part.encode("utf-8", "surrogateescape")) > NAME_MAX_BYTES:
-            return "name_too_long"
+        try:
+            if len(part.encode("utf-8", "surrogateescape")) > NAME_MAX_BYTES:
+                return "name_too_long"
+        except UnicodeEncodeError:
+            return "not_text"
     return None
 
 

@@ -90,7 +90,7 @@ def test_from_the_hub(tmp_path, monkeypatch):
         commit = hub.repository("org/model").commit(**{"config.json": b"{}"})
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         models = ModelCache(tmp_path, "hf://{name}@{version}")
-        assert models.get("org/model", commit) == tmp_path / "org--model" / commit
+        assert models.get("org/model", commit) == tmp_path / "org%2Fmodel" / commit
 
 
 def test_errors(source, tmp_path):

@@ -58,13 +58,28 @@ def test_source_is_read_back_from_how_it_is_written(text):
 @pytest.mark.parametrize(
     "text",
     ["bucket/x", "ftp://bucket/x", "s3://", "s3://B!/x", "..=s3://bucket/x", "", "hf://name", "hf://o/n@", "file://x",
-     "https://", "https://user:secret@host/x", "gs://", "s3://bucket@v1/x"],
+     "https://", "gs://", "s3://bucket@v1/x"],
 )  # fmt: skip
 def test_bad_sources_name_themselves(text):
     with pytest.raises(ConfigError) as caught:
         source.parse_source(text)
     assert f"'{text}'" in str(caught.value) or "'..'" in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["https://user:CANARY@host/x", "https://host/x?sig=CANARY", "http://a:CANARY@h?CANARY"]
+)
+def test_secrets_in_sources_are_not_repeated(text):
+    with pytest.raises(ConfigError) as caught:
+        source.parse_source(text)
+    assert "CANARY" not in str(caught.value)
+
+
+def test_names_that_are_made_are_checked_as_well():
+    with pytest.raises(ConfigError, match="cannot be the directory"):
+        build(sources=["s3://bucket/a/../", "s3://bucket/c/"])
+    assert source.parse_source("file:///data/./models//x") == source.Source("", "data/models/x/", "", "file")
 
 
 def test_several_sources_get_directories():

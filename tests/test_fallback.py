@@ -1,6 +1,7 @@
 """A second place behind a source: used where files are proved to be the same, and never otherwise."""
 
 import hashlib
+import os
 import random
 import time
 
@@ -9,6 +10,7 @@ import pytest
 from modelfs.chunks import CHUNK_BYTES, ByteRange, ObjectId, ObjectInfo
 from modelfs.errors import EndpointUnreachableError, ObjectChangedError, ObjectNotFoundError
 from modelfs.origins.fallback import FallbackOrigin, Twins
+from tests.faults.front import Front
 from tests.support.hub import TOKEN, Hub
 from tests.support.mounting import Mounted, run
 from tests.test_origins import Collect
@@ -93,6 +95,12 @@ def hub():
         yield running
 
 
+@pytest.fixture
+def front(rgw_server):
+    with Front(rgw_server.port).running() as running:
+        yield running
+
+
 FILES = {"model-00001-of-00001.safetensors": DATA, "config.json": b'{"a": 1}'}
 
 
@@ -106,13 +114,13 @@ def setting(bucket, hub, tmp_path):
     hub.repository("org/model").commit(**FILES)
     made = []
 
-    def mount(ours, listed=None, **tables):
+    def mount(ours, more="", listed=None):
         for name, data in ours.items():
             bucket.put(f"m/{name}", data)
         if listed is not None:
             bucket.put("m/SHA256SUMS", sums(listed))
         file = tmp_path / "modelfs.toml"
-        file.write_text(f'[[sources]]\nuri = "{bucket.uri("m/")}"\norigin = "hf://org/model"\n')
+        file.write_text(f'{more}[[sources]]\nuri = "{bucket.uri("m/")}"\norigin = "hf://org/model"\n')
         environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
         options = ("--config", str(file), "--prefetch", "off", "--read-timeout", "10s")
         made.append(Mounted(bucket.store, [], tmp_path, *options, env=environment))
@@ -171,6 +179,24 @@ def test_other_bytes_of_the_same_size_are_refused(setting, bucket):
         with pytest.raises(OSError, match="No such file|Stale"):
             path.read_bytes()
     assert counted(mount, 'modelfs_origin_bytes_total{scheme="hf"}') == 0
+
+
+@pytest.mark.fuse
+def test_listings_that_fail_leave_the_second_place_as_it_was(setting, front):
+    """While the first is down its listing fails again and again; what was known to be equal still is."""
+    mount = setting(FILES, 'endpoint_url = "' + front.url + '"\nrefresh = 1\n', listed=FILES)
+    path = mount.path / "model-00001-of-00001.safetensors"
+    with path.open("rb", buffering=0) as file:
+        assert file.read(100) == DATA[:100]
+        before = path.stat().st_ino
+        front.down = True
+        deadline = time.monotonic() + 60
+        while "has one place only now" not in mount.log and time.monotonic() < deadline:
+            time.sleep(0.2)
+        time.sleep(1)
+        assert os.pread(file.fileno(), 1000, 2 * CHUNK_BYTES) == DATA[2 * CHUNK_BYTES :][:1000]
+    assert path.stat().st_ino == before
+    assert path.read_bytes() == DATA
 
 
 @pytest.mark.fuse

@@ -139,6 +139,52 @@ def test_no_room_is_said_at_once_and_others_make_it(get, bucket, tmp_path):
     assert get(*limited, into=None, source=bucket.uri("other/"))["fetched_bytes"] > 0
 
 
+def test_several_damaged_chunks_are_all_mended(get):
+    get()
+    with (get.target / "model.safetensors").open("r+b") as file:
+        for chunk in (1, 3):
+            file.seek(chunk * CHUNK_BYTES + 7)
+            file.write(b"broken")
+    assert get()["fetched_bytes"] >= 2 * CHUNK_BYTES
+    assert contents(get.target) == FILES
+
+
+def test_links_in_the_directory_are_not_followed(get, tmp_path):
+    (tmp_path / "outside").mkdir()
+    get.target.mkdir()
+    (get.target / "sub").symlink_to(tmp_path / "outside")
+    assert "is no directory" in get(expect=8)
+    assert not list((tmp_path / "outside").iterdir())
+    (get.target / "sub").unlink()
+    (tmp_path / "outside" / "mine").write_bytes(b"mine")
+    (get.target / "config.json").unlink(missing_ok=True)
+    (get.target / "config.json").symlink_to(tmp_path / "outside" / "mine")
+    get()
+    assert contents(get.target) == FILES
+    assert (tmp_path / "outside" / "mine").read_bytes() == b"mine"
+
+
+def test_names_that_meet_each_other(get, bucket):
+    names = {"a": b"a", ".a.modelfs": b"b", ".empty.modelfs": b"c", "я" * 120 + ".bin": b"d"}
+    for name, data in names.items():
+        bucket.put(f"m/{name}", data)
+    for _ in range(2):
+        get()
+        assert contents(get.target) == {**FILES, **names}
+
+
+def test_file_that_becomes_a_directory_and_back(get, bucket):
+    get()
+    bucket.client.delete_object(Bucket=bucket.name, Key="m/config.json")
+    bucket.put("m/config.json/x", b"1")
+    get()
+    assert (get.target / "config.json" / "x").read_bytes() == b"1"
+    bucket.client.delete_object(Bucket=bucket.name, Key="m/config.json/x")
+    bucket.put("m/config.json", b"{}")
+    get()
+    assert contents(get.target) == FILES
+
+
 def test_hostile_key_cannot_write_into_the_store(get, bucket):
     bucket.put("m/.modelfs/placed.json", b"hostile")
     bucket.put("m/../../escaped", b"hostile")

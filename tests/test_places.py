@@ -8,13 +8,16 @@ import pytest
 
 from modelfs.chunks import CHUNK_BYTES, ByteRange, ObjectInfo
 from modelfs.cli.embedded import ObjectStore
-from modelfs.config import OriginConfig
+from modelfs.config import Config, OriginConfig
 from modelfs.errors import AccessDeniedError, ModelfsError, ObjectChangedError, ObjectNotFoundError, OriginError
 from modelfs.metrics import Metrics
+from modelfs.origins import web
 from modelfs.origins.places import make_origin
-from modelfs.source import parse_source
+from modelfs.source import Source, parse_source
+from modelfs.sources import Sources
 from tests.support.mounting import Mounted
 from tests.support.places import PLACES
+from tests.support.served import Quiet, served
 from tests.test_origins import Collect
 
 NO_STORE = ObjectStore("http://127.0.0.1:1", "none", "none")
@@ -162,3 +165,56 @@ def test_missing_extra_is_one_line(monkeypatch):
     monkeypatch.delitem(sys.modules, "modelfs.origins.gs", raising=False)
     with pytest.raises(ModelfsError, match=r"gs:// needs the Python package gcsfs: pip install 'modelfs\[gs\]'"):
         make_origin("gs://bucket", OriginConfig(), Metrics().origin_counter("s3"))
+
+
+@pytest.mark.parametrize("validator", [{}, {"ETag": 'W/"weak"'}])
+def test_web_server_that_does_not_tell_versions_apart(validator):
+    class Bare(Quiet):
+        def respond(self):
+            if self.path.endswith("/"):
+                self.answer(b'<a href="f">f</a><a href="http://[x">odd</a>')
+                return
+            self.send_response(200)
+            for name, value in {"Content-Length": "4", **validator}.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        do_HEAD = respond  # noqa: N815
+
+    with served(Bare) as url, pytest.raises(OriginError, match="no version"):
+        list(make_origin(url, OriginConfig(), Metrics().origin_counter("http")).list(""))
+
+
+def test_web_server_that_links_in_circles(monkeypatch):
+    class Circles(Quiet):
+        def respond(self):
+            self.answer(b'<a href="a/">a</a><a href="b/">b</a><a href="../">up</a>')
+
+    monkeypatch.setattr(web, "PAGES", 50)
+    with served(Circles) as url, pytest.raises(OriginError, match="more than can be listed"):
+        list(make_origin(url, OriginConfig(), Metrics().origin_counter("http")).list(""))
+
+
+def test_credentials_stay_with_their_host():
+    answers = []
+
+    class Elsewhere(Quiet):
+        def respond(self):
+            answers.append(self.headers.get("Authorization"))
+            if self.path == "/first":
+                self.send_response(302)
+                self.send_header("Location", f"http://localhost:{self.server.server_port}/second")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            self.answer(b"x")
+
+    with served(Elsewhere) as url:
+        origin = make_origin(url, OriginConfig(), Metrics().origin_counter("http"))
+        assert origin._text(f"{url}/first", {"Authorization": "Bearer CANARY"}, 10) == b"x"
+    assert answers == ["Bearer CANARY", None]
+
+
+def test_two_revisions_have_listings_of_their_own():
+    sources = (Source("o/n", "", "a", "hf", "v1"), Source("o/n", "", "b", "hf", "v2"))
+    assert len(set(Sources(Config(sources, "/mnt/x"), Metrics(), None).names())) == 2

@@ -9,10 +9,15 @@ import signal
 import subprocess
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from modelfs.origins.s3_target import PART_BYTES
+from modelfs.config import OriginConfig
+from modelfs.errors import ConfigError
+from modelfs.metrics import Metrics
+from modelfs.origins.s3_target import PART_BYTES, S3Target
+from modelfs.source import Source
 from modelfs.sources import MARKER
 from tests.conftest import Bucket
 from tests.support.hub import Hub
@@ -146,7 +151,7 @@ def test_directory_beside_one_that_is_being_written_is_shown(push, bucket):
     bucket.put("p/deep/er", b"x")
     done = run("ls", bucket.uri(), "--json", env={**os.environ, **bucket.store.environment()})
     assert [json.loads(line)["path"] for line in done.stdout.splitlines()] == ["other/f"]
-    assert "are not shown" in done.stderr
+    assert "is not shown" in done.stderr
 
 
 def test_archive(push, bucket, model, tmp_path):
@@ -157,7 +162,8 @@ def test_archive(push, bucket, model, tmp_path):
         link.type, link.linkname = tarfile.SYMTYPE, "config.json"
         made.addfile(link)
     push(source=archive)
-    assert contents(bucket) == {**FILES, "SHA256SUMS": sums(FILES)}
+    files = {**FILES, "link": FILES["config.json"]}
+    assert contents(bucket) == {**files, "SHA256SUMS": sums(files)}
     assert not list((tmp_path / "staging").iterdir())
 
 
@@ -169,6 +175,52 @@ def test_hostile_archive(push, bucket, tmp_path):
         made.addfile(entry, io.BytesIO(b"bad"))
     assert "cannot be unpacked" in push(source=archive, expect=2)
     assert not list(tmp_path.parent.rglob("escaped"))
+    assert contents(bucket) == {}
+
+
+@pytest.mark.parametrize("how", ["cut", "flip"])
+def test_damaged_archive(push, bucket, model, tmp_path, how):
+    """What only the end of the stream tells is noticed as well."""
+    archive = tmp_path / ("model.tar" if how == "cut" else "model.tar.gz")
+    with tarfile.open(archive, "w" if how == "cut" else "w:gz") as made:
+        made.add(model / "config.json", "config.json")
+        made.add(model / "model.safetensors", "model.safetensors")
+    data = bytearray(archive.read_bytes())
+    if how == "cut":
+        data = data[: -10240 - 512]
+    else:
+        data[-5] ^= 1
+    archive.write_bytes(data)
+    assert "cannot be unpacked" in push(source=archive, expect=2)
+    assert contents(bucket) == {}
+
+
+def test_archive_that_was_changed_after_a_failure(push, bucket, tmp_path):
+    archive = tmp_path / "model.tar"
+    for name in ("old", "new"):
+        (tmp_path / name).write_bytes(name.encode())
+        with tarfile.open(archive, "w") as made:
+            made.add(tmp_path / name, name)
+        if name == "old":
+            push(source=archive, expect=4, env={"AWS_SECRET_ACCESS_KEY": "wrong"})
+    push(source=archive)
+    assert contents(bucket).keys() == {"new", "SHA256SUMS"}
+
+
+def test_nothing_to_push_removes_nothing(push, bucket):
+    push()
+    assert "no file to push" in push("--include", "*.typo", "--delete", expect=2)
+    assert contents(bucket).keys() == {*FILES, "SHA256SUMS"}
+
+
+def test_file_that_changes_while_it_is_sent(model, bucket, tmp_path, monkeypatch):
+    for name, value in bucket.store.environment().items():
+        monkeypatch.setenv(name, value)
+    target = S3Target(source=Source(bucket.name, "p/"), config=OriginConfig(), count=Metrics().origin_counter("s3"))
+    with ThreadPoolExecutor(2) as pool, pytest.raises(ConfigError, match="has changed"):
+        target.send("p/x", model / "model.safetensors", "0" * 64, pool, lambda count, was_sent: None)
+    with ThreadPoolExecutor(2) as pool, pytest.raises(ConfigError, match="has changed"):
+        target.send("p/y", model / "config.json", "0" * 64, pool, lambda count, was_sent: None)
     assert contents(bucket) == {}
 
 
@@ -184,7 +236,7 @@ def test_errors(push, tmp_path, model):
     (tmp_path / "file.bin").write_bytes(b"x")
     assert "no tar archive" in push(source=tmp_path / "file.bin", expect=2)
     (tmp_path / "none").mkdir()
-    assert "no file in" in push(source=tmp_path / "none", expect=2)
+    assert "no file to push" in push(source=tmp_path / "none", expect=2)
     done = run("push", str(model), "hf://org/name")
     assert (done.returncode, "cannot be written to" in done.stderr) == (2, True)
     assert push("--include", "*.json")["files"] == 1

@@ -112,3 +112,15 @@ def test_filters_of_a_source_hold_for_it_alone():
         Listing("z", (("s3://b", "r/"),), (info("r/secret.json"),), **own),
     ]
     assert paths(Tree(listings, TreeConfig())) == ["x/a.json", "x/sub/c.bin", "y/b.bin", "y/secret.json"]
+
+
+def test_odd_answers_of_a_server_are_not_shown():
+    built = tree("ok", "\ud800")
+    assert paths(built) == ["ok"]
+    assert built.skipped["not_text"] == 1
+    built = Tree([Listing("", (("s3://b", ""),), (info("big", size=10**30), info("less", size=-1)))], TreeConfig())
+    assert (paths(built), built.skipped["bad_size"]) == ([], 2)
+
+
+def test_directories_nested_deeper_than_calls():
+    assert len(paths(tree("/".join("d" * 2000)))) == 1

@@ -82,7 +82,12 @@ def _local(text: str, config: Config, show: Show) -> Iterator[Path]:
         raise ConfigError(f"{text} does not exist", "name a directory, a tar archive or a source")
     if "://" not in text and not path.name.endswith(ARCHIVES):
         raise ConfigError(f"{text} is no tar archive", f"push its directory, or one of {', '.join(ARCHIVES)}")
-    directory = Path(config.store.cache_dir) / f"push-{stable_number(text, config.sources[0].uri):x}"
+    directory = (
+        Path(config.store.cache_dir)
+        / f"push-{stable_number(str(path.absolute()) if '://' not in text else text, config.sources[0].uri):x}"
+    )
+    if "://" not in text:
+        shutil.rmtree(directory, ignore_errors=True)  # of an earlier archive of that name
     prepare(directory)
     if "://" not in text:
         unpack(path, directory)

@@ -21,7 +21,14 @@ from collections.abc import Callable, Iterable, Mapping
 import trio
 
 from modelfs.chunks import CHUNK_BYTES, MIB, ByteRange, ObjectInfo
-from modelfs.errors import ModelfsError, ObjectChangedError, ObjectNotFoundError, OriginError, ReadTimeoutError
+from modelfs.errors import (
+    ModelfsError,
+    ObjectChangedError,
+    ObjectNotFoundError,
+    OriginError,
+    ReadTimeoutError,
+    TransientOriginError,
+)
 from modelfs.fetch.pace import INTERVAL_SECONDS, Pace
 from modelfs.fetch.planner import MAX_RUN_CHUNKS, Planner
 from modelfs.fetch.runs import (
@@ -422,18 +429,21 @@ class Fetch:
 
     async def _run(self, run: Run, first: Active) -> None:
         """Own one run from its first buffer to its end."""
-        origin = self._origins[run.stored.info.id.origin]
         sink = RunSink(self, run, first, trio.lowlevel.current_trio_token())
         span = ByteRange(first.span.start, run.stored.info.chunk_range(run.stop - 1).stop)
         run.seen_at = time.monotonic()
         try:
-            receive = functools.partial(origin.read_into, run.stored.info, span, sink)
+            receive = functools.partial(self._origin(run.stored.info).read_into, run.stored.info, span, sink)
             await trio.to_thread.run_sync(in_background, receive, limiter=self._run_limiter)
             self._planner.note_success()
         except GivenUpError:
             pass
         except OriginError as error:
             self._run_failed(run, sink, error)
+        except Exception as error:
+            log.exception("unexpected failure while downloading %s", run.stored.info.id.key)
+            failure = f"downloading {run.stored.info.id.key} failed unexpectedly ({type(error).__name__})"
+            self._run_failed(run, sink, TransientOriginError(failure))
         finally:
             self._runs.discard(run)
             if run.first_byte_at:
@@ -448,6 +458,12 @@ class Fetch:
             self._planner.put_back(run, sink.index)
             self._store.release(run.stored)
             self._work.set()
+
+    def _origin(self, info: ObjectInfo) -> Origin:
+        origin = self._origins.get(info.id.origin)
+        if origin is None:  # known from another mount of this cache
+            raise ObjectNotFoundError(f"{info.id.key} lies in {info.id.origin}, which is no source of this mount")
+        return origin
 
     def _run_failed(self, run: Run, sink: "RunSink", error: OriginError) -> None:
         run.failed = True

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from threading import Lock
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError, ServiceRequestError
 from azure.identity import CredentialUnavailableError, DefaultAzureCredential
@@ -60,6 +60,7 @@ class AzOrigin(HttpOrigin):
         self._signed_until = float("inf") if self._signature else 0.0
         self._credential: Any = None
         self._service = self._connect(config)
+        self._signature = urlsplit(str(self._service.url)).query or self._signature  # a connection string's
         self.name = f"az://{self._service.account_name}/{source.bucket}"
 
     def _connect(self, config: OriginConfig) -> BlobServiceClient:
@@ -92,7 +93,8 @@ class AzOrigin(HttpOrigin):
 
         def ask(_: object) -> list[Any]:
             self._count("requests", "list", 1)
-            return list(self._service.get_container_client(self._container).list_blobs(name_starts_with=prefix))
+            container = self._service.get_container_client(self._container)
+            return list(container.list_blobs(name_starts_with=prefix, include=["metadata"]))
 
         for blob in self._persist(ask, prefix):
             if not (blob.metadata or {}).get("hdi_isfolder"):  # of a hierarchical account

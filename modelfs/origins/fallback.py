@@ -47,7 +47,7 @@ class FallbackOrigin:
 
     def pair(self, source: str, twins: Twins) -> None:
         """Take what is known of the second place of ``source``."""
-        self._twins[source] = twins
+        self._twins = {**self._twins, source: twins}  # readers may be looking through the other one
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """See ``Origin.list``; of the first place."""

@@ -8,7 +8,6 @@ import os
 import socket
 import stat
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from modelfs.chunks import ByteRange, ObjectId, ObjectInfo
@@ -38,7 +37,7 @@ class FileOrigin(RetryingOrigin):
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Yield every regular file under the directory; see ``Origin.list``."""
         self._count("requests", "list", 1)
-        top = self._path(prefix)
+        top = self._path(prefix).rstrip("/") or "/"
         if not os.path.isdir(top):
             raise BucketNotFoundError(f"directory {top} does not exist", "check the source")
 
@@ -47,15 +46,15 @@ class FileOrigin(RetryingOrigin):
 
         for directory, _, names in os.walk(top, onerror=fail):
             for name in names:
-                path = Path(directory, name)
+                path = os.path.join(directory, name)  # keys begin with the prefix as it was written
                 try:
-                    found = path.stat()
+                    found = os.stat(path)
                 except FileNotFoundError:
                     continue  # deleted meanwhile, or a link to nothing
                 except OSError as error:
-                    raise self._translate(error, str(path).lstrip("/")) from error
+                    raise self._translate(error, path.lstrip("/")) from error
                 if stat.S_ISREG(found.st_mode):
-                    key = str(path).removeprefix("/")
+                    key = path.removeprefix("/")
                     yield ObjectInfo(ObjectId(self.name, key, _version(found)), found.st_size, found.st_mtime_ns)
 
     def get_small(self, key: str, limit: int) -> bytes | None:
@@ -81,7 +80,9 @@ class FileOrigin(RetryingOrigin):
 
     def _stream(self, client: Any, info: ObjectInfo, span: ByteRange, sink: Sink) -> Iterator[int]:  # noqa: ANN401
         self._count("requests", "get", 1)
-        with open(self._path(info.id.key), "rb", buffering=0) as file:
+        # What has become a pipe meanwhile is not waited for.
+        opened = os.open(self._path(info.id.key), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(opened, "rb", buffering=0) as file:
             position = span.start
             while position < span.stop:
                 space = sink.space()

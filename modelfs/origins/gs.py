@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 from gcsfs.core import GCSFileSystem
 from gcsfs.retry import HttpError
-from google.auth.exceptions import GoogleAuthError
+from google.auth.exceptions import GoogleAuthError, TransportError
 
 from modelfs.chunks import ObjectId, ObjectInfo
 from modelfs.config import OriginConfig
@@ -54,6 +54,11 @@ class GsOrigin(HttpOrigin):
                 skip_instance_cache=True,
             )
         return self._system
+
+    def _renew(self, refused: Any) -> bool:  # noqa: ANN401
+        """Look for credentials anew: what was found may have been none, as before the node's identity is there."""
+        self._system = None
+        return not self._anonymous
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Yield every object under ``prefix``; see ``Origin.list``."""
@@ -127,6 +132,10 @@ class GsOrigin(HttpOrigin):
         return f"gs://{self._bucket}/{key}"
 
     def _translate(self, error: Exception, key: str) -> OriginError:
+        if isinstance(error, TransportError) or (isinstance(error, GoogleAuthError) and error.retryable):
+            return TransientOriginError(f"Google's credentials cannot be renewed for bucket '{self._bucket}' now")
+        if isinstance(error, OSError) and str(error).startswith("Forbidden"):
+            return super()._translate(StatusError(403, "", {}), key)
         if isinstance(error, GoogleAuthError):
             return NoCredentialsError(f"no usable Google credentials for bucket '{self._bucket}'", _MEND)
         if isinstance(error, FileNotFoundError):

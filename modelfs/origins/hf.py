@@ -5,12 +5,14 @@ the file's SHA-256 where it is kept as LFS or Xet, its git blob id otherwise: wh
 the cache. The token comes from huggingface_hub's own chain (HF_TOKEN, or a login). Threads: any.
 """
 
+import functools
+import importlib
 import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from huggingface_hub import HfApi, RepoFile, constants, hf_hub_url
+from huggingface_hub import HfApi, RepoFile, constants, hf_hub_url, set_client_factory
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
     HfHubHTTPError,
@@ -37,7 +39,15 @@ from modelfs.origins import Count
 from modelfs.origins.web import HttpOrigin, StatusError
 from modelfs.source import Source
 
+ANSWER_SECONDS = 30.0
 _MEND = "set HF_TOKEN, and accept the repository's conditions on its page if it is gated"
+
+
+@functools.cache
+def _limit_waits() -> None:
+    """Give the library's HTTP client a deadline: its own has none."""
+    client = importlib.import_module(HTTPError.__module__.partition(".")[0]).Client  # httpx, or what follows it
+    set_client_factory(lambda: client(follow_redirects=True, timeout=ANSWER_SECONDS))
 
 
 class HubOrigin(HttpOrigin):
@@ -52,6 +62,7 @@ class HubOrigin(HttpOrigin):
         self._revision = source.revision or "main"
         self._token: bool | None = False if config.no_sign_request else None
         self._endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        _limit_waits()
         self._api = HfApi(endpoint=self._endpoint, token=self._token, library_name="modelfs")
         custom = "" if self._endpoint == "https://huggingface.co" else f"@{self._endpoint}"
         self.name = f"hf://{source.bucket}{custom}"
@@ -73,7 +84,9 @@ class HubOrigin(HttpOrigin):
     def _resolve(self, _: object) -> tuple[str, int]:
         """Return the commit of the revision, and the time of the repository's last change in ns."""
         self._count("requests", "list", 1)
-        found: Any = self._api.repo_info(self._repository, revision=self._revision, repo_type=self._type)
+        found: Any = self._api.repo_info(
+            self._repository, revision=self._revision, repo_type=self._type, timeout=ANSWER_SECONDS
+        )
         modified = found.last_modified
         return str(found.sha), int(modified.timestamp()) * 10**9 if modified else 0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from modelfs.chunks import MIB
-from modelfs.errors import ObjectNotFoundError, OriginError
+from modelfs.errors import ConfigError, ObjectNotFoundError, OriginError
 from modelfs.origins.s3 import S3Origin
 
 PART_BYTES = 16 * MIB
@@ -53,6 +53,7 @@ class S3Target(S3Origin):
             sent: Told of every part.
 
         Raises:
+            ConfigError: The file has changed since it was hashed.
             OriginError: It could not be written.
         """
         size = path.stat().st_size
@@ -62,6 +63,7 @@ class S3Target(S3Origin):
             return
         if size <= PART_BYTES:
             data = path.read_bytes()
+            _check_same(path, sha256, hashlib.sha256(data).hexdigest())
             self._persist(
                 lambda client: self._call(
                     client, "put_object", "put", Key=key, Body=data, ContentMD5=_md5(data), Metadata={SUM_KEY: sha256}
@@ -91,9 +93,11 @@ class S3Target(S3Origin):
         upload, there = self._begin(key, sha256, part_bytes, resume=resume)
         done: dict[int, str] = {}
         running: set[Future[tuple[int, str, int]]] = set()
+        hasher = hashlib.sha256()
         with path.open("rb", buffering=0) as file:
             for number, start in enumerate(range(0, size, part_bytes), 1):
                 data = os.pread(file.fileno(), part_bytes, start)
+                hasher.update(data)
                 tag = hashlib.md5(data, usedforsecurity=False).hexdigest()
                 if there.get(number) == (len(data), tag):
                     done[number] = tag
@@ -102,6 +106,7 @@ class S3Target(S3Origin):
                 running.add(pool.submit(self._send_part, key, upload, number, data))
                 running = self._collect(running, done, sent, PARTS_AT_ONCE - 1)
         self._collect(running, done, sent, 0)
+        _check_same(path, sha256, hasher.hexdigest())
         parts = [{"PartNumber": number, "ETag": f'"{tag}"'} for number, tag in sorted(done.items())]
         self._persist(
             lambda client: self._call(
@@ -180,6 +185,11 @@ class S3Target(S3Origin):
             marker = page.get("NextPartNumberMarker", 0)
             if not page.get("IsTruncated") or not marker:
                 return
+
+
+def _check_same(path: Path, expected: str, found: str) -> None:
+    if found != expected:
+        raise ConfigError(f"{path} has changed while it was being sent", "push it again when nobody writes to it")
 
 
 def _md5(data: bytes) -> str:

@@ -39,8 +39,13 @@ from modelfs.source import Source
 REDIRECTS = 5
 REMEMBER_SECONDS = 300.0
 """How long the place a file was redirected to is used again; signed addresses live longer."""
+TEXT_SECONDS = 30.0
+"""Longest time for a page or a small file."""
 LISTERS = 16
+PAGES, LINKS = 10_000, 1_000_000
+"""Most directories and files of one listing: a web server may link in circles."""
 PAGE_BYTES = 16 * 1024 * 1024
+_SIZE_DIGITS = 18
 DEPTH = 16
 """Deepest directory of a web server that is looked into."""
 
@@ -98,18 +103,20 @@ class HttpOrigin(RetryingOrigin):
         Raises:
             StatusError: The answer is no success.
         """
-        first, host = url, urlsplit(url).netloc
-        moved = self._moved.get(first)
-        if moved is not None and moved[1] > time.monotonic():
+        first, host = url, urlsplit(url)[:2]
+        # What has no version, as a list of sums asked for by its name alone, is always asked for where it is.
+        moved = self._moved.get(first) if info is not None else None
+        if moved is not None and moved[1] <= time.monotonic():
+            moved = None
+        if moved is not None:
             url = moved[0]
         for _ in range(REDIRECTS):
-            sent = headers if urlsplit(url).netloc == host else _without_credentials(headers)
+            sent = headers if urlsplit(url)[:2] == host else _without_credentials(headers)
             self._count("requests", method.lower(), 1)
             answer = self._pool(url).request(method, url, headers=sent, preload_content=False, redirect=False)
             place = answer.headers.get("Location")
             if answer.status in {301, 302, 303, 307, 308} and place:
-                answer.drain_conn()
-                answer.release_conn()
+                answer.close()  # its body may be endless
                 if info is not None:
                     self._check_version(info, answer.headers)
                 url = urljoin(url, place)
@@ -118,12 +125,11 @@ class HttpOrigin(RetryingOrigin):
                 continue
             if answer.status >= 300:
                 self._moved.pop(first, None)
-                answer.drain_conn()
-                answer.release_conn()
+                answer.close()
                 if moved is not None and moved[0] == url:
                     raise TransientOriginError("the address that a redirection gave is not valid any more")
                 raise StatusError(answer.status, url, answer.headers)
-            if url != first and moved is None:
+            if url != first and moved is None and info is not None:
                 self._moved[first] = (url, time.monotonic() + REMEMBER_SECONDS)
             return answer
         raise StatusError(310, url, {})
@@ -143,10 +149,15 @@ class HttpOrigin(RetryingOrigin):
 
     def _text(self, url: str, headers: dict[str, str], limit: int) -> bytes:
         answer = self._open("GET", url, {"Accept-Encoding": "identity", **headers})
+        found, deadline = bytearray(), time.monotonic() + TEXT_SECONDS
         try:
-            return bytes(answer.read(limit))
+            while len(found) < limit and (piece := answer.read1(min(65536, limit - len(found)))):
+                found += piece
+                if time.monotonic() > deadline:
+                    raise TransientOriginError(f"a page did not come within {TEXT_SECONDS:.0f} s")
         finally:
             answer.close()
+        return bytes(found)
 
     def _translate(self, error: Exception, key: str) -> OriginError:
         if isinstance(error, OriginError):
@@ -189,10 +200,24 @@ class _Links(html.parser.HTMLParser):
         self.found += [value for name, value in attrs if tag == "a" and name == "href" and value]
 
 
+def _links_of(page: str, text: str) -> Iterator[str]:
+    """Yield where a page leads below itself: not upwards, to other hosts, or to itself in another order."""
+    parser = _Links()
+    parser.feed(text)
+    for found in parser.found:
+        try:
+            link = urljoin(page, found)
+            parts = urlsplit(link)
+        except ValueError:
+            continue  # no address at all
+        if link.startswith(page) and not parts.query and not parts.fragment:
+            yield link
+
+
 class WebOrigin(HttpOrigin):
     """A web server that lists its directories; keys are paths without the first slash.
 
-    A version is a strong ETag, else the time of change and the size.
+    A version is a strong ETag, else the time of change and the size; a server that tells neither is not read.
     """
 
     def __init__(self, *, source: Source, config: OriginConfig, count: Count) -> None:
@@ -213,17 +238,18 @@ class WebOrigin(HttpOrigin):
         """Return the keys of the files under ``prefix``, page by page."""
         top = self._url(prefix)
         files: set[str] = set()
-        pages = [top]
+        pages, seen = [top], {top}
         for page in pages:
-            parser = _Links()
-            parser.feed(self._page(page).decode(errors="replace"))
-            for link in (urljoin(page, one) for one in parser.found):
-                if not link.startswith(page) or urlsplit(link).query or urlsplit(link).fragment:
-                    continue  # upwards, to other hosts, or the same page in another order
+            for link in _links_of(page, self._page(page).decode(errors="replace")):
                 if not link.endswith("/"):
                     files.add(unquote(urlsplit(link).path).lstrip("/"))
-                elif link not in pages and link.count("/") < top.count("/") + DEPTH:
+                elif link not in seen and link.count("/") < top.count("/") + DEPTH:
+                    seen.add(link)
                     pages.append(link)
+            if len(pages) > PAGES or len(files) > LINKS:
+                raise OriginError(
+                    f"{self._where(prefix)} links to more than can be listed", "name a directory below it"
+                )
         return files
 
     def _page(self, url: str) -> bytes:
@@ -237,12 +263,18 @@ class WebOrigin(HttpOrigin):
             return headers
 
         headers = self._persist(ask, key)
-        size = headers.get("Content-Length", "")
-        if not size.isdecimal():
-            raise OriginError(f"{self._where(key)} has no length", "the server must send Content-Length")
-        modified = email.utils.parsedate_tz(headers.get("Last-Modified", ""))
-        seconds = email.utils.mktime_tz(modified) if modified else 0
-        return ObjectInfo(ObjectId(self.name, key, _version(headers)), int(size), int(seconds) * 10**9)
+        size, version = headers.get("Content-Length", ""), _version(headers, headers.get("Content-Length", ""))
+        if not size.isdecimal() or len(size) > _SIZE_DIGITS or not version:
+            raise OriginError(
+                f"{self._where(key)} has no length or no version",
+                "the server must send Content-Length, and ETag or Last-Modified",
+            )
+        try:
+            modified = email.utils.parsedate_tz(headers.get("Last-Modified", ""))
+            seconds = email.utils.mktime_tz(modified) if modified else 0
+        except (ValueError, OverflowError):
+            seconds = 0
+        return ObjectInfo(ObjectId(self.name, key, version), int(size), int(seconds) * 10**9)
 
     def get_small(self, key: str, limit: int) -> bytes | None:
         """See ``Origin.get_small``."""
@@ -260,7 +292,8 @@ class WebOrigin(HttpOrigin):
         return self._url(info.id.key), {"If-Match": info.id.version} if strong else {}
 
     def _check_version(self, info: ObjectInfo, headers: Mapping[str, str]) -> None:
-        if "Location" not in headers and _version(headers) != info.id.version:
+        size = headers.get("Content-Range", "").rpartition("/")[2] or headers.get("Content-Length", "")
+        if "Location" not in headers and _version(headers, size) != info.id.version:
             raise ObjectChangedError(f"{self._where(info.id.key)} was overwritten", "open it again")
 
     def _url(self, key: str) -> str:
@@ -270,12 +303,12 @@ class WebOrigin(HttpOrigin):
         return f"{self.name}/{key}"
 
 
-def _version(headers: Mapping[str, str]) -> str:
-    """Return what tells versions of a file apart; of a partial answer the same as of a whole one."""
-    etag = headers.get("ETag", "")
+def _version(headers: Mapping[str, str], size: str) -> str:
+    """Return what tells versions of a file apart, of a partial answer the same as of a whole one; empty if nothing."""
+    etag, modified = headers.get("ETag", ""), headers.get("Last-Modified", "")
     if etag.startswith('"'):
         return etag
-    return f"{etag} {headers.get('Last-Modified', '')}".strip()
+    return f"{etag} {modified} {size}".strip() if modified else ""
 
 
 def _without_credentials(headers: dict[str, str]) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 import json
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,11 @@ class Bucket:
     def put(self, key: str, data: bytes) -> bytes:
         self.client.put_object(Bucket=self.name, Key=key, Body=data)
         return data
+
+    def put_many(self, keys: Iterable[str]) -> None:
+        """Put empty objects, many at a time."""
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda key: self.put(key, b""), keys))
 
     def uri(self, prefix: str = "") -> str:
         return f"s3://{self.name}/{prefix}"

@@ -87,7 +87,7 @@ def test_files_that_were_written_to_are_mended(get):
 
 
 def test_killed_in_the_middle_and_run_again(get, bucket, rgw_server):
-    big = random.Random(11).randbytes(20 * CHUNK_BYTES)
+    big = random.Random(11).randbytes(14 * CHUNK_BYTES)
     bucket.put("m/big.safetensors", big)
     process = subprocess.Popen(
         [*PROGRAM, "get", bucket.uri("m/"), str(get.target), "--max-memory", "32MiB"],
@@ -97,7 +97,7 @@ def test_killed_in_the_middle_and_run_again(get, bucket, rgw_server):
     data = get.target / ".modelfs" / "data"
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and not any(
-        path.stat().st_blocks * 512 > 6 * CHUNK_BYTES for path in data.glob("*")
+        path.stat().st_blocks * 512 > 3 * CHUNK_BYTES for path in data.glob("*")
     ):
         time.sleep(0.01)
     time.sleep(0.6)  # some of it has been recorded
@@ -131,8 +131,8 @@ def test_no_room_is_said_at_once_and_others_make_it(get, bucket, tmp_path):
     cache = ("--cache-dir", str(tmp_path / "cache"), "--min-free", "0B", "--max-memory", "32MiB")
     assert "do not fit into" in get(*cache, "--cache-size", "48MiB", into=None, expect=8)
     for number in range(2):
-        bucket.put(f"other/{number}/model.safetensors", random.Random(number).randbytes(4 * CHUNK_BYTES))
-    limited = (*cache, "--cache-size", "112MiB")
+        bucket.put(f"other/{number}/model.safetensors", random.Random(number).randbytes(3 * CHUNK_BYTES))
+    limited = (*cache, "--cache-size", "104MiB")
     get(*limited, into=None, source=bucket.uri("other/"))
     get(*limited, into=None)
     assert get(*limited, into=None)["fetched_bytes"] == 0

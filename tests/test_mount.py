@@ -183,8 +183,8 @@ def test_differential_readers_under_eviction(bucket, mounted):
     mount = mounted(
         bucket, "--cache-size", cap, "--min-free", "1MiB", "--max-memory", "32MiB", "--prefetch", "off", prefix="p/"
     )
-    outcome = differential.compare(mount.path, reads=3000)
-    assert outcome.reads >= 3000
+    outcome = differential.compare(mount.path, reads=1500)
+    assert outcome.reads >= 1500
     assert not outcome.wrong
     cache = mount.status()["cache"]
     assert cache["evicted_bytes"] > 0
@@ -234,6 +234,7 @@ def test_small_object_with_a_large_sparse_sibling(bucket, mounted):
         bucket.client.delete_object(Bucket=bucket.name, Key="p/huge")
 
 
+@pytest.mark.nightly
 def test_worker_killed_five_times_during_cmp(bucket, mounted, tmp_path):
     """Readers finish with right bytes and the mount never disappears."""
     data = some_bytes(192 * MIB)

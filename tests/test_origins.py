@@ -78,8 +78,7 @@ def test_list_gives_every_key_with_size_and_version(setting):
 
 
 def test_listing_goes_over_pages(setting):
-    for number in range(1050):
-        setting.put(f"n/{number:04}", b"")
+    setting.put_many(f"n/{number:04}" for number in range(1050))
     assert len(list(origin(setting.name).list("n/"))) == 1050
 
 

@@ -109,8 +109,7 @@ def test_bytes_come_exactly_and_are_counted(bucket, origin, processes, metrics):
 
 
 def test_listing_comes_in_pages(bucket, origin):
-    for number in range(1100):
-        bucket.put(f"n/{number:04}", b"")
+    bucket.put_many(f"n/{number:04}" for number in range(1100))
     assert [info.id.key for info in origin().list("n/")] == [f"n/{number:04}" for number in range(1100)]
 
 

@@ -30,6 +30,7 @@ def test_the_mount_outlives_its_supervisor(bucket, mounted):
     assert not mount.path.is_mount()
 
 
+@pytest.mark.nightly
 def test_a_cache_copied_in_the_middle_of_a_download_never_gives_a_wrong_byte(bucket, rgw_server, tmp_path):
     """What a machine's crash leaves is no worse than files that were copied one after the other while written."""
     data = bucket.put("m/model.safetensors", random.Random(2).randbytes(12 * CHUNK_BYTES + 9))
@@ -53,6 +54,7 @@ def test_a_cache_copied_in_the_middle_of_a_download_never_gives_a_wrong_byte(buc
     assert any(kept), "none of the copies held a chunk: they show nothing"
 
 
+@pytest.mark.nightly
 def test_a_restarted_worker_evicts_nothing_that_is_open(bucket, mounted):
     """The kernel reads a complete file without us: punching it would give zeros."""
     data = bucket.put("a/model.safetensors", random.Random(5).randbytes(4 * CHUNK_BYTES))

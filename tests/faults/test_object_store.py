@@ -211,7 +211,7 @@ def test_storm_of_everything_under_many_readers(bucket, mounted, front, table):
     table.add("half of all requests fail, 8 readers", "the right bytes", time.monotonic() - began, TRANSIENT)
 
 
-@pytest.mark.parametrize("gone", [8, pytest.param(30, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("gone", [5, pytest.param(30, marks=pytest.mark.nightly)])
 def test_store_gone_and_back(bucket, mounted, front, table, gone):
     """Readers wait, and go on soon after it is back; so does the download ahead of them."""
     data = random.Random(9).randbytes(6 * CHUNK_BYTES)

@@ -22,7 +22,6 @@ from modelfs.chunks import MIB, ByteRange, ObjectInfo, Step
 from modelfs.config import Config, Size, StoreConfig
 from modelfs.digests import BAD, VERIFIED, Digest
 from modelfs.errors import CacheError, IntegrityError, ModelfsError, OriginError, ReadTimeoutError
-from modelfs.eviction import Eviction
 from modelfs.fetch import Fetch, PlanItem, default_budget
 from modelfs.memory import Memory, available_memory
 from modelfs.metrics import Metrics
@@ -45,6 +44,7 @@ RECORD_NAME = "model.json"
 ROUNDS = 3
 """How often files that a disk has damaged are fetched again."""
 _POLL_SECONDS = 0.1
+_PAGE = 64
 
 
 Show = Callable[[str, Step], None]
@@ -121,11 +121,8 @@ class Local:
         return await trio.to_thread.run_sync(origin.digest, info) if origin else None
 
     @contextlib.asynccontextmanager
-    async def running(self, *, evicts: bool) -> AsyncIterator["Local"]:
+    async def running(self) -> AsyncIterator["Local"]:
         """List the sources, and run engine and store while in the block.
-
-        Args:
-            evicts: Other sources' files may make room. Not where files have names beside the store: these are links.
 
         Raises:
             OriginError: A listing failed.
@@ -135,8 +132,6 @@ class Local:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.store.run)
                 await nursery.start(self.fetch.run)
-                if evicts:
-                    await nursery.start(Eviction(store=self.store, on_room=self.fetch.poke).run)
                 await nursery.start(self._verification.run)
                 yield self
                 nursery.cancel_scope.cancel()
@@ -148,8 +143,12 @@ class Local:
         # A hostile key must not become a part of the store.
         return [file for file in self.tree.root.walk() if file.path.partition("/")[0] != STORE_NAME]
 
-    async def download(self, show: Show) -> None:
+    async def download(self, show: Show, *, evicts: bool) -> None:
         """Bring every file into the store.
+
+        Args:
+            show: Told how far it has come.
+            evicts: Other files may make room. Not where files have names beside the store: these are links.
 
         Raises:
             CacheError: There is no room.
@@ -158,8 +157,12 @@ class Local:
         stored = [self.store.object(file.info) for file in self.files()]
         total = sum(one.info.size for one in stored)
         self._check_room(total, sum(one.resident_bytes for one in stored))
+        if evicts:
+            await self._make_room(
+                {one.info.number for one in stored}, total - sum(one.resident_bytes for one in stored)
+            )
         for one in stored:
-            self.store.touch(one, range(0))  # room is made by what was used before these
+            self.store.touch(one, range(0))
             if not one.complete:
                 rank = RANK_SMALL if one.info.size <= SMALL_BYTES else RANK_WEIGHTS
                 self.fetch.submit([PlanItem(one.info, ByteRange(0, one.info.size))], rank)
@@ -206,6 +209,16 @@ class Local:
                 f"{total // MIB} MiB do not fit into {self.store.directory}: it may hold {max(0, room) // MIB} MiB",
                 "free space, raise --cache-size, or leave files out with --include and --exclude",
             )
+
+    async def _make_room(self, kept: set[int], missing: int) -> None:
+        """Evict what was used least recently, but for the ``kept`` objects, until the ``missing`` bytes have room."""
+        store, after = self.store, (0, 0)
+        excess = store.resident_bytes + missing - (store.limit_bytes - store.headroom_bytes)
+        while excess > 0 and (page := store.least_recent(_PAGE, after)):
+            for after in page:
+                other = store.evictable(after[1]) if excess > 0 and after[1] not in kept else None
+                if other is not None:
+                    excess -= await store.evict(other, list(other.chunks), "limit")
 
     async def verify(self, show: Show) -> None:
         """Compare every file that has not been compared yet, or has been written since, with its digest.
@@ -356,10 +369,10 @@ async def get(config: Config, directory: str | None, runs: int, processes: "Proc
     local = Local(config, runs, processes)
     failure: ModelfsError | None = None
     removed = 0
-    async with local.running(evicts=directory is None):
+    async with local.running():
         try:
             for _ in range(ROUNDS):
-                await local.download(show)
+                await local.download(show, evicts=directory is None)
                 if config.fetch.verify != "off":
                     await local.verify(show)
                 if local.complete:

@@ -157,8 +157,8 @@ class Sources:
         if not objects:
             raise ObjectNotFoundError(f"there is no object under {source.uri}", "check the prefix")
         last = self._last.get(source)
-        if last is not None and list(map(_all_of, last.objects)) == list(map(_all_of, objects)):
-            return last  # the same objects, and not a second copy of each
+        if last is not None and list(map(id, last.objects)) == list(map(id, objects)):
+            return last
         if store is not None:
             try:
                 await store.save_listing(self._saved_name(source), objects)
@@ -182,7 +182,7 @@ class Sources:
             log.warning("%s has one place only now: %s", source.uri, failure or other_failure)
         known = {info.id.key.removeprefix(source.prefix): info for info in ours}
         published = self._published(origin, ours, failed=failure is not None)
-        equal: dict[int, ObjectInfo] = {}
+        shown, equal = list(ours), dict[int, ObjectInfo]()
         for other in theirs:
             relative = other.id.key.removeprefix(second.prefix)
             info, digest = known.get(relative), published.get(source.prefix + relative)
@@ -191,11 +191,11 @@ class Sources:
                 log.error("%s of %s does not match %s: not used", relative, source.origin, digest and digest.source)
                 self._metrics.fallback_runs.labels(result="refused").inc()
             elif info is None:
-                ours.append(other)
+                shown.append(other)
             elif same and info.size == other.size:
                 equal[info.number] = other
         self._fallbacks[source.place].pair(source.uri, Twins(behind, equal))
-        return ours
+        return shown
 
     def _objects(
         self, origin: Origin, source: Source, place: str, prefix: str
@@ -228,6 +228,9 @@ class Sources:
             objects = kept + before
             if not objects:
                 raise ObjectNotFoundError(f"{source.uri} is being written", "wait for modelfs push, or run it again")
+        known = self._listed.get((source, place), [])
+        if list(map(_all_of, known)) == list(map(_all_of, objects)):
+            return known  # the same objects, and not a second copy of each
         self._listed[source, place] = objects
         return objects
 

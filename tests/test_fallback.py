@@ -182,8 +182,9 @@ def test_other_bytes_of_the_same_size_are_refused(setting, bucket):
 
 
 @pytest.mark.fuse
-def test_listings_that_fail_leave_the_second_place_as_it_was(setting, front):
+def test_listings_that_fail_leave_the_second_place_as_it_was(setting, front, hub):
     """While the first is down its listing fails again and again; what was known to be equal still is."""
+    hub.repository("org/model").commit(**{"only-there.json": b"[]"})
     mount = setting(FILES, 'endpoint_url = "' + front.url + '"\nrefresh = 1\n', listed=FILES)
     path = mount.path / "model-00001-of-00001.safetensors"
     with path.open("rb", buffering=0) as file:
@@ -197,6 +198,7 @@ def test_listings_that_fail_leave_the_second_place_as_it_was(setting, front):
         assert os.pread(file.fileno(), 1000, 2 * CHUNK_BYTES) == DATA[2 * CHUNK_BYTES :][:1000]
     assert path.stat().st_ino == before
     assert path.read_bytes() == DATA
+    assert sorted(os.listdir(mount.path)) == sorted([*FILES, "SHA256SUMS", "only-there.json"])
 
 
 @pytest.mark.fuse
